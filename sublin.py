@@ -200,21 +200,30 @@ def _lift(rows, first_child, first_parent, parents):
     for chunk in prange(CHUNKS):
         for q in range(parents.size * chunk // CHUNKS, parents.size * (chunk + 1) // CHUNKS):
             parent = rows[first_parent + parents[q]]
-            children = rows[first_child + parents[q] * FAN_OUT :]
-            for i in range(parent.size):
-                parent[i] = children[0, i]
-            for k in range(1, FAN_OUT):
-                child = children[k]
-                for i in range(parent.size):
-                    parent[i] = child[i] if child[i] > parent[i] else parent[i]
+            children = rows[first_child + parents[q] * FAN_OUT :][:FAN_OUT]
+            for i in range(parent.size):  # the loop over siblings inside, unrolled: half the time of the other order
+                largest = children[0, i]
+                for k in range(1, FAN_OUT):
+                    largest = children[k, i] if children[k, i] > largest else largest
+                parent[i] = largest
+
+
+@njit(cache=True)
+def _parents(nodes):
+    """Distinct parents of ascending nodes."""
+    parents = np.empty(nodes.size, np.int64)
+    found = 0
+    for node in nodes:
+        parents[found] = node // FAN_OUT
+        found += found == 0 or parents[found] != parents[found - 1]
+    return parents[:found].copy()
 
 
 def _lift_ancestors(rows, levels, leaves):
     """Mends every ancestor of the given leaves (ascending) once, level by level; returns the nodes touched."""
     touched = 0
     for level in range(len(levels) - 2):
-        parents = leaves // FAN_OUT
-        parents = parents[np.diff(parents, prepend=-1) > 0]
+        parents = _parents(leaves)
         _lift(rows, levels[level], levels[level + 1], parents)
         touched += parents.size * (FAN_OUT + 1) * rows.shape[1]
         leaves = parents
@@ -225,14 +234,14 @@ def _lift_ancestors(rows, levels, leaves):
 def _count_reaching(rows, first, groups, low, high, tau):
     """Number of points i in [low, high) with rows[r, i] >= tau, for every row r of the given groups of siblings."""
     counts = np.empty(groups.size * FAN_OUT, np.int64)
-    one = rows.dtype.type(1)  # counted in the type of the rows, for full vectors
+    one, zero = rows.dtype.type(1), rows.dtype.type(0)  # counted in the type of the rows, for full vectors
     for chunk in prange(CHUNKS):
         for q in range(groups.size * chunk // CHUNKS, groups.size * (chunk + 1) // CHUNKS):
             for k in range(FAN_OUT):
-                row = rows[first + groups[q] * FAN_OUT + k]
-                count = one - one
-                for i in range(low, high):
-                    count += one if row[i] >= tau else one - one
+                row = rows[first + groups[q] * FAN_OUT + k, low:high]
+                count = zero
+                for i in range(row.size):
+                    count += one if row[i] >= tau else zero
                 counts[q * FAN_OUT + k] = np.int64(count)
     return counts
 
@@ -240,29 +249,35 @@ def _count_reaching(rows, first, groups, low, high, tau):
 @njit(cache=True)
 def _reaching(groups, counts):
     """Rows with a positive count, and the running sum of their counts."""
-    rows = np.empty(counts.size, np.int64)
-    offsets = np.zeros(counts.size + 1, np.int64)
+    rows = np.empty(counts.size + 1, np.int64)
+    offsets = np.zeros(counts.size + 2, np.int64)
     found = 0
-    for q in range(counts.size):
-        if counts[q] > 0:
-            rows[found] = groups[q // FAN_OUT] * FAN_OUT + q % FAN_OUT
-            offsets[found + 1] = offsets[found] + counts[q]
-            found += 1
+    for q in range(groups.size):
+        for k in range(FAN_OUT):  # always written, kept if the count is positive: no branch to mispredict
+            rows[found] = groups[q] * FAN_OUT + k
+            offsets[found + 1] = offsets[found] + counts[q * FAN_OUT + k]
+            found += counts[q * FAN_OUT + k] > 0
     return rows[:found].copy(), offsets[: found + 1].copy()
 
 
-@njit(parallel=True, cache=True)
-def _report(rows, neurons, offsets, low, tau):
-    """Points (from low on) on which each neuron's leaf reaches tau, and the leaves' values there."""
+@njit(parallel=True, cache=True, fastmath=FAST)
+def _report(rows, neurons, offsets, low, high, tau):
+    """Points in [low, high) on which each neuron's leaf reaches tau, and the leaves' values there."""
     points = np.empty(offsets[-1], np.int64)
     values = np.empty(offsets[-1], rows.dtype)
     for chunk in prange(CHUNKS):
         for q in range(neurons.size * chunk // CHUNKS, neurons.size * (chunk + 1) // CHUNKS):
-            row = rows[neurons[q]]
-            e, i = offsets[q], low
-            while e < offsets[q + 1]:
+            row = rows[neurons[q], low:high]
+            e, end = offsets[q], offsets[q + 1]
+            i = 0
+            if end - e == 1:  # most neurons fire once: a sum over the row finds the place with full vectors
+                place = np.int32(0)
+                for z in range(row.size):
+                    place = np.int32(place + (np.int32(z) if row[z] >= tau else np.int32(0)))
+                i = np.int64(place)
+            while e < end:
                 if row[i] >= tau:
-                    points[e] = i
+                    points[e] = low + i
                     values[e] = row[i]
                     e += 1
                 i += 1
@@ -285,7 +300,7 @@ def _query(rows, levels, low, high, tau):
         counts = _count_reaching(rows, first, reached, low, high, least)
         reached, offsets = _reaching(reached, counts)
         touched += counts.size * (high - low)
-    points, values = _report(rows, reached, offsets, low, least)
+    points, values = _report(rows, reached, offsets, low, high, least)
     return ActiveSets(reached, offsets, points), values, touched
 
 
@@ -413,6 +428,9 @@ def _flips(old, new):
         neuron = old.neurons[p] if in_old else new.neurons[q]
         e, e_end = (old.offsets[p], old.offsets[p + 1]) if in_old else (0, 0)
         h, h_end = (new.offsets[q], new.offsets[q + 1]) if in_new else (0, 0)
+        while e < e_end and h < h_end and old.points[e] == new.points[h]:  # nearly all pairs
+            e += 1
+            h += 1
         while e < e_end or h < h_end:
             if e < e_end and h < h_end and old.points[e] == new.points[h]:
                 e += 1
@@ -433,14 +451,30 @@ def _flips(old, new):
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
-def _outputs(active, signs, excess, n):
-    """sum over r in Q_i of signs[r] * excess[r, i], for every i, in CHUNKS partial sums; signs are of active.neurons."""
+def _outputs(active, signs, values, shift, n):
+    """sum over r in Q_i of signs[r] (values[r, i] - shift), for every i, in CHUNKS partial sums; signs of active.neurons."""
     partial = np.zeros((CHUNKS, n))
     for chunk in prange(CHUNKS):
+        sums = partial[chunk]
         for q in range(active.neurons.size * chunk // CHUNKS, active.neurons.size * (chunk + 1) // CHUNKS):
             for e in range(active.offsets[q], active.offsets[q + 1]):
-                partial[chunk, active.points[e]] += signs[q] * excess[e]
+                sums[active.points[e]] += signs[q] * (values[e] - shift)
     return partial
+
+
+@njit(cache=True, fastmath=FAST)
+def _dot(u, v):
+    product = u.dtype.type(0)
+    for k in range(u.size):
+        product += u[k] * v[k]
+    return product
+
+
+@njit(cache=True, fastmath=FAST)
+def _add_multiple(u, factor, v):
+    """u += factor v."""
+    for k in range(u.size):
+        u[k] += factor * v[k]
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
@@ -449,13 +483,11 @@ def _jacobian_times(X, active, signs, u):
     d = X.shape[1]
     partial = np.zeros((CHUNKS, len(X)))
     for chunk in prange(CHUNKS):
+        sums = partial[chunk]
         for q in range(active.neurons.size * chunk // CHUNKS, active.neurons.size * (chunk + 1) // CHUNKS):
             w = u[active.neurons[q] * d : (active.neurons[q] + 1) * d]
-            for e in range(active.offsets[q], active.offsets[q + 1]):
-                product = 0.0
-                for k in range(d):
-                    product += w[k] * X[active.points[e], k]
-                partial[chunk, active.points[e]] += signs[q] * product
+            for i in active.points[active.offsets[q] : active.offsets[q + 1]]:
+                sums[i] += signs[q] * _dot(w, X[i])
     return partial
 
 
@@ -466,48 +498,45 @@ def _jacobian_transpose_times(X, active, signs, v, out):
     for chunk in prange(CHUNKS):
         for q in range(active.neurons.size * chunk // CHUNKS, active.neurons.size * (chunk + 1) // CHUNKS):
             w = out[active.neurons[q] * d : (active.neurons[q] + 1) * d]
-            for e in range(active.offsets[q], active.offsets[q + 1]):
-                coefficient = signs[q] * v[active.points[e]]
-                for k in range(d):
-                    w[k] += coefficient * X[active.points[e], k]
+            for i in active.points[active.offsets[q] : active.offsets[q + 1]]:
+                _add_multiple(w, signs[q] * v[i], X[i])
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
 def _gram_times(X, active, v):
     """G v m, in CHUNKS partial sums: J (J^T v) neuron by neuron, with no array of length m d. O(nnz d)."""
-    d = X.shape[1]
     partial = np.zeros((CHUNKS, len(X)))
     for chunk in prange(CHUNKS):
-        w = np.empty(d)
+        sums = partial[chunk]
+        w = np.empty(X.shape[1])
         for q in range(active.neurons.size * chunk // CHUNKS, active.neurons.size * (chunk + 1) // CHUNKS):
+            points = active.points[active.offsets[q] : active.offsets[q + 1]]
             w[:] = 0.0
-            for e in range(active.offsets[q], active.offsets[q + 1]):
-                for k in range(d):
-                    w[k] += v[active.points[e]] * X[active.points[e], k]
-            for e in range(active.offsets[q], active.offsets[q + 1]):
-                product = 0.0
-                for k in range(d):
-                    product += w[k] * X[active.points[e], k]
-                partial[chunk, active.points[e]] += product
+            for i in points:
+                _add_multiple(w, v[i], X[i])
+            for i in points:
+                sums[i] += _dot(w, X[i])
     return partial
 
 
 @njit(parallel=True, cache=True)
-def _coactivity(active, indptr, slots):
-    """C[i, j] = |Q_i n Q_j| for j <= i, counted row by row. O(sum over r of |act(r)|^2).
+def _coactivity(active, n, bands):
+    """C[i, j] = |Q_i n Q_j| for j <= i. O(sum over r of |act(r)|^2).
 
-    slots (CSR by point) are positions in active.neurons. Threads own rows, so nothing is shared, and a row stays in
-    cache; rows are paired first with last because row i is as long as i.
+    Each of the bands of rows is counted by one thread, which passes over all neurons for it, so no count is shared.
     """
-    n = indptr.size - 1
     counts = np.zeros((n, n), np.int64)
-    for k in prange(n):
-        i = k // 2 if k % 2 == 0 else n - 1 - k // 2
-        for z in range(indptr[i], indptr[i + 1]):
-            for e in range(active.offsets[slots[z]], active.offsets[slots[z] + 1]):
-                if active.points[e] > i:
-                    break
-                counts[i, active.points[e]] += 1
+    for band in prange(bands):
+        low, high = int(n * np.sqrt(band / bands)), int(n * np.sqrt((band + 1) / bands))  # equal shares of the triangle
+        for q in range(active.neurons.size):
+            first, e, end = active.offsets[q], active.offsets[q], active.offsets[q + 1]
+            while e < end and active.points[e] < low:
+                e += 1
+            while e < end and active.points[e] < high:
+                row = counts[active.points[e]]
+                for j in active.points[first : e + 1]:
+                    row[j] += 1
+                e += 1
     return counts
 
 
@@ -528,19 +557,20 @@ class SparseJacobian(LinearOperator):
         X = _check_matrix("X", X)
         signs = _check_vector("signs", signs)
         active = _by_neuron(*_check_csr(indptr, indices, len(X), signs.size))
-        self._bind(X, signs[active.neurons], signs.size, active)
+        self._bind(X, X @ X.T, signs[active.neurons], signs.size, active)
 
     @classmethod
-    def _of(cls, X, signs, width, active):
-        """From clean arrays, the active sets by neuron and the signs of just those neurons."""
+    def _of(cls, X, XXt, signs, width, active):
+        """From clean arrays, with X X^T, the active sets by neuron and the signs of just those neurons."""
         J = cls.__new__(cls)
-        J._bind(X, signs, width, active)
+        J._bind(X, XXt, signs, width, active)
         return J
 
-    def _bind(self, X, signs, width, active):
+    def _bind(self, X, XXt, signs, width, active):
         super().__init__(np.dtype(float), (len(X), width * X.shape[1]))
         self.X, self.width, self.active = X, width, active
-        self._signs = signs.astype(float)  # of active.neurons, in their order
+        self._XXt = XXt
+        self._signs = signs  # of active.neurons, in their order
 
     def _matvec(self, u):
         u = np.ravel(u).astype(float)
@@ -556,10 +586,11 @@ class SparseJacobian(LinearOperator):
         return _gram_times(self.X, self.active, np.asarray(v, dtype=float)).sum(axis=0) / self.width
 
     def gram(self):
-        """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i n Q_j|: O(n^2 d + sum over r of |act(r)|^2)."""
-        counts = _coactivity(self.active, *self._slots)
-        counts = np.tril(counts) + np.tril(counts, -1).T
-        return (self.X @ self.X.T) * counts / self.width
+        """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i n Q_j|: O(n^2 + sum over r of |act(r)|^2)."""
+        n = len(self.X)
+        bands = max(numba.get_num_threads(), n * n >> 18)  # a band's counts stay in cache: 2 MB or less
+        counts = _coactivity(self.active, n, bands)
+        return self._XXt * (counts + np.tril(counts, -1).T) / self.width
 
     @cached_property
     def _slots(self):
@@ -610,11 +641,8 @@ def _gaussian_times(X, active, signs, key, size):
                 radius = np.sqrt(-2.0 * np.log(uniform))
                 normals[k] = radius * np.cos(angle)
                 normals[k + 1] = radius * np.sin(angle)
-            for e in range(active.offsets[q], active.offsets[q + 1]):
-                product = 0.0
-                for k in range(d):
-                    product += normals[k] * X[active.points[e], k]
-                out[row, active.points[e]] += signs[q] * product
+            for i in active.points[active.offsets[q] : active.offsets[q + 1]]:
+                out[row, i] += signs[q] * _dot(normals[:d], X[i])
     return out
 
 
@@ -647,8 +675,7 @@ def _sparse_sign_times(X, indptr, neurons, signs, key, size):
                 bits = _hash(key, np.uint64(neurons[z] * SPARSITY + j))
                 shift = np.int64(((bits >> np.uint64(32)) * np.uint64(high - low)) >> np.uint64(32))
                 sign = signs[z] if bits & np.uint64(1) else -signs[z]
-                for k in range(d):
-                    part[shift + k] += sign * X[i, k]
+                _add_multiple(part[shift : shift + d], sign, X[i])
             for s in range(part.size):
                 out[i, low + s % (high - low)] += part[s]
     return out
@@ -862,8 +889,7 @@ def _check_all_fire(J, damping):
 def _singular_error(J):
     """LinAlgError that says why the Gram matrix is singular and what to do."""
     silent = np.flatnonzero(np.bincount(J.active.points, minlength=len(J.X)) == 0)
-    products = np.tril(J.X @ J.X.T, -1)
-    twins = np.argwhere(products > 1 - 1e-12)
+    twins = np.argwhere(np.tril(J._XXt, -1) > 1 - 1e-12)
     if silent.size:
         cause = f"{silent.size} of {len(J.X)} points have no active neuron, the first is point {silent[0]}"
         remedy = "a larger width or a smaller shift"
@@ -1083,35 +1109,27 @@ def _move_leaves(rows, active, scale, step, gram):
     for chunk in prange(CHUNKS):
         for q in range(active.neurons.size * chunk // CHUNKS, active.neurons.size * (chunk + 1) // CHUNKS):
             leaf = rows[active.neurons[q]]
-            for e in range(active.offsets[q], active.offsets[q + 1]):
-                coefficient = scale[q] * step[active.points[e]]
-                products = gram[active.points[e]]
-                for i in range(leaf.size):
-                    leaf[i] += coefficient * products[i]
+            for i in active.points[active.offsets[q] : active.offsets[q + 1]]:
+                _add_multiple(leaf, scale[q] * step[i], gram[i])
 
 
 class _Search:
     """What the three searches share. `operations` counts multiply-adds, comparisons and moves of products."""
 
-    def __init__(self, X, shift, width, seed, init, dtype):
-        self.X, self.shift, self.width, self.init = X, shift, width, init
+    def __init__(self, X, XXt, shift, width, seed, init, dtype):
+        self.X, self.XXt, self.shift, self.width, self.init = X, XXt, shift, width, init
         self._draw = lambda: _starting_blocks(seed, width, X.shape[1], init)
         self.dtype = np.dtype(dtype)
         self.operations = 0
         self._allocate()
         self._start()
 
-    def signs_of(self, active):
-        return self.signs[active.neurons]
-
     def flipped(self, neurons, points, signs):
         """Told which pairs woke (+1) or fell asleep (-1) by the last step."""
 
-    def outputs(self, active, values):
-        """f (n,) from the active pairs and their products."""
-        excess = values.astype(float) - self.shift
-        partial = _outputs(active, self.signs_of(active).astype(float), excess, len(self.X))
-        return partial.sum(axis=0) / np.sqrt(self.width)
+    def outputs(self, active, signs, values):
+        """f (n,) from the active pairs, the signs of the active neurons and the products of the pairs."""
+        return _outputs(active, signs, values, self.shift, len(self.X)).sum(axis=0) / np.sqrt(self.width)
 
 
 class _Dense(_Search):
@@ -1120,7 +1138,7 @@ class _Dense(_Search):
     def _allocate(self):
         _check_memory(f'search="dense" with {self.width} neurons', self.width * self.X.shape[1] * self.dtype.itemsize)
         self.W = np.empty((self.width, self.X.shape[1]), self.dtype)
-        self.signs = np.empty(self.width, np.int8)
+        self.signs = np.empty(self.width)
 
     def _start(self):
         for first, W, signs in self._draw():
@@ -1133,16 +1151,17 @@ class _Dense(_Search):
         found = []
         for first in range(0, self.width, BLOCK):
             products = self.W[first : first + BLOCK] @ X
-            neurons, points = np.nonzero(products >= self.shift)
-            found.append((neurons + first, points, products[neurons, points]))
-        neurons, points, values = map(np.concatenate, zip(*found, strict=True))
+            pairs = np.flatnonzero(products >= self.shift)  # of a flat mask: twice as fast as np.nonzero
+            found.append((pairs + first * len(self.X), products.ravel()[pairs]))
+        pairs, values = map(np.concatenate, zip(*found, strict=True))
+        neurons, points = np.divmod(pairs, len(self.X))
         starts = np.flatnonzero(np.diff(neurons, prepend=-1))
         self.operations += self.width * len(self.X) * (self.X.shape[1] + 1)
         return ActiveSets(neurons[starts], np.append(starts, neurons.size), points), values
 
-    def move(self, active, step):
+    def move(self, active, signs, step):
         """W <- W - J^T step."""
-        data = np.repeat(self.signs_of(active), np.diff(active.offsets)) * step[active.points] / np.sqrt(self.width)
+        data = np.repeat(signs, np.diff(active.offsets)) * step[active.points] / np.sqrt(self.width)
         shape = (active.neurons.size, len(self.X))
         coefficients = scipy.sparse.csr_matrix((data.astype(self.dtype), active.points, active.offsets), shape=shape)
         self.W[active.neurons] -= coefficients @ self.X.astype(self.dtype)
@@ -1180,7 +1199,7 @@ class _Scan(_Search):
         _check_memory(f"products of {n} points and {self.width} neurons", n * int(self._levels[-1]) * self.dtype.itemsize)
         self._rows = np.empty((self._levels[-1], n), self.dtype)
         self._rows[self.width :] = -np.inf
-        self._gram = (self.X @ self.X.T).astype(self.dtype)
+        self._gram = self.XXt.astype(self.dtype)
         self._sum = np.zeros(n)
         self._flips = []
 
@@ -1199,6 +1218,7 @@ class _Scan(_Search):
             weights.append(W[neurons])
             live_signs.append(signs[neurons])
         self.live, self._weights, self.signs = map(np.concatenate, (live, weights, live_signs))
+        self.signs = self.signs.astype(float)
         _lift_ancestors(self._rows, self._levels, np.arange(self.width))
 
     def active(self):
@@ -1207,9 +1227,9 @@ class _Scan(_Search):
         self.operations += touched
         return active, values
 
-    def move(self, active, step):
+    def move(self, active, signs, step):
         """The products for W <- W - J^T step."""
-        scale = self.signs_of(active) / -np.sqrt(self.width)
+        scale = signs / -np.sqrt(self.width)
         _move_leaves(self._rows, active, scale.astype(self.dtype), step.astype(self.dtype), self._gram)
         self.operations += active.points.size * len(self.X)
         self.operations += _lift_ancestors(self._rows, self._levels, active.neurons)
@@ -1384,24 +1404,25 @@ class SublinearTrainer:
         begin = time.perf_counter()
         self._learn_scales(X, y)
         self._X, y = self._scaled(X), (y - self._y_mean) / self._y_scale
-        self._search = SEARCHES[self.search](self._X, self.shift_, self.width, self._seed, self.init, self.dtype)
+        XXt = self._X @ self._X.T
+        self._search = SEARCHES[self.search](self._X, XXt, self.shift_, self.width, self._seed, self.init, self.dtype)
         self._prepare_solver(len(X))
         self.init_seconds_ = time.perf_counter() - begin
 
         y_norm = np.linalg.norm(y) or 1.0
         stopwatch = _Stopwatch()
-        self._active, outputs = self._look(stopwatch)
+        outputs = self._look(stopwatch)
         self.n_live_ = self._active.neurons.size
         self.history_ = []
         self._record(np.linalg.norm(outputs - y) / y_norm, 0, 0, 0, stopwatch)
         while self.residual_ > self.tol and self.n_iter_ < self.max_iter:
             stopwatch = _Stopwatch()
-            J = SparseJacobian._of(self._X, self._search.signs_of(self._active), self.width, self._active)
+            J = SparseJacobian._of(self._X, XXt, self._signs, self.width, self._active)
             step, inner_iterations = self._solve(J, outputs - y, stopwatch.lap)
-            self._search.move(self._active, step)
+            self._search.move(self._active, self._signs, step)
             stopwatch.lap("seconds_update")
             before = self._active
-            self._active, outputs = self._look(stopwatch)
+            outputs = self._look(stopwatch)
             neurons, points, signs = _flips(before, self._active)
             self._search.flipped(neurons, points, signs)
             stopwatch.lap("seconds_query")
@@ -1520,11 +1541,12 @@ class SublinearTrainer:
         self._rng = np.random.default_rng(self._seed)  # of the sketches
 
     def _look(self, stopwatch):
-        """Active sets and outputs f (n,) of the network as it is now."""
-        active, values = self._search.active()
-        outputs = self._search.outputs(active, values)
+        """Finds the active sets of the network as it is now, and returns its outputs f (n,)."""
+        self._active, values = self._search.active()
+        self._signs = self._search.signs[self._active.neurons]
+        outputs = self._search.outputs(self._active, self._signs, values)
         stopwatch.lap("seconds_query")
-        return active, outputs
+        return outputs
 
     def _solve(self, J, residual, lap):
         if self.solver == "cholesky":
