@@ -275,9 +275,9 @@ def _parents(nodes):
 def _lift_ancestors(rows, levels, nodes, level=0):
     """Mends every ancestor of the given nodes (ascending) of a level, once; returns how many tree nodes were touched."""
     touched = 0
-    for level in range(level, len(levels) - 2):
+    for first_child, first_parent in zip(levels[level:-2], levels[level + 1 : -1], strict=True):
         nodes, _ = _parents(nodes)
-        _lift(rows, levels[level], levels[level + 1], nodes)
+        _lift(rows, first_child, first_parent, nodes)
         touched += nodes.size * (FAN_OUT + 1) * rows.shape[1]
     return touched
 
@@ -599,6 +599,17 @@ def _coactivity(active, n, bands):
     return counts
 
 
+@njit(parallel=True, cache=True)
+def _gram(XXt, counts, width):
+    """(X X^T) o C / m, from the lower triangle of C."""
+    gram = np.empty_like(XXt)
+    for k in prange(len(XXt)):
+        i = k // 2 if k % 2 == 0 else len(XXt) - 1 - k // 2  # short rows with long ones
+        for j in range(i + 1):
+            gram[i, j] = gram[j, i] = XXt[i, j] * counts[i, j] / width
+    return gram
+
+
 class SparseJacobian(LinearOperator):
     """Jacobian of the network at the points X, from its active sets alone: a SciPy LinearOperator of shape (n, m d).
 
@@ -648,8 +659,7 @@ class SparseJacobian(LinearOperator):
         """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i n Q_j|: O(n^2 + sum over r of |act(r)|^2)."""
         n = len(self.X)
         bands = max(numba.get_num_threads(), n * n >> 18)  # a band's counts stay in cache: 2 MB or less
-        counts = _coactivity(self.active, n, bands)
-        return self._XXt * (counts + np.tril(counts, -1).T) / self.width
+        return _gram(self._XXt, _coactivity(self.active, n, bands), self.width)
 
     @cached_property
     def _slots(self):
@@ -1160,18 +1170,30 @@ def _seed(random_state):
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
-def _move_leaves(rows, active, scale, step, XXt, groups, starts, first_parent):
-    """rows[r] += scale[r] * sum over i in act(r) of step[i] (X X^T)[i]: O(n) a pair, without d.
+def _move_leaves(rows, active, scale, step, XXt, X, groups, starts, first_parent):
+    """rows[r] += X dw_r, where dw_r = scale[r] * sum over i in act(r) of step[i] x_i is the move of neuron r.
 
-    Since w_r moves by scale[r] sum_i step_i x_i, these are the products of all points with the new weights. Groups of
-    siblings hold active.neurons[starts[p]:starts[p + 1]], and if first_parent > 0 their parents are mended while the
-    group is in cache: 9 ms instead of 11 at n = 64, m = 2^20.
+    Through rows of X X^T, without d, if k = |act(r)| is small: k n operations against (k + n) d through dw_r. Rows of X
+    are the shorter ones to read, hence d / 2: with n = 1797, d = 65 it takes 63 ms, 72 with d, 314 without a limit.
+    Groups of siblings hold active.neurons[starts[p]:starts[p + 1]], and if first_parent > 0 their parents are mended
+    while the group is in cache: 9 ms instead of 11 at n = 64, m = 2^20.
     """
+    n, d = X.shape
     for chunk in prange(CHUNKS):
+        move = np.empty(d, X.dtype)
         for p in range(groups.size * chunk // CHUNKS, groups.size * (chunk + 1) // CHUNKS):
             for q in range(starts[p], starts[p + 1]):
-                for i in active.points[active.offsets[q] : active.offsets[q + 1]]:
-                    _add_multiple(rows[active.neurons[q]], scale[q] * step[i], XXt[i])
+                leaf = rows[active.neurons[q]]
+                points = active.points[active.offsets[q] : active.offsets[q + 1]]
+                if 2 * points.size <= d:
+                    for i in points:
+                        _add_multiple(leaf, scale[q] * step[i], XXt[i])
+                else:
+                    move[:] = 0
+                    for i in points:
+                        _add_multiple(move, scale[q] * step[i], X[i])
+                    for i in range(n):
+                        leaf[i] += _dot(move, X[i])
             if first_parent > 0:
                 _set_maximum(rows, groups[p] * FAN_OUT, first_parent + groups[p])
 
@@ -1215,10 +1237,13 @@ class _Dense(_Search):
         """The active sets, and the products of the active pairs."""
         X = self.X.astype(self.dtype).T
         found = []
-        for first in range(0, self.width, BLOCK):
-            products = self.W[first : first + BLOCK] @ X
-            pairs = np.flatnonzero(products >= self.shift)  # of a flat mask: twice as fast as np.nonzero
-            found.append((pairs + first * len(self.X), products.ravel()[pairs]))
+        # BLAS on all cores where that pays: at n = d = 16 a step takes 43 ms with it and 34 ms without at m = 2^20, and
+        # 8 and 1.6 ms at m = 2^14; at n = 64, d = 32, m = 2^20 it takes 183 and 200 ms.
+        with nullcontext() if self.width * X.size >= 1 << 29 else _serial_blas():
+            for first in range(0, self.width, BLOCK):
+                products = self.W[first : first + BLOCK] @ X
+                pairs = np.flatnonzero(products >= self.shift)  # of a flat mask: twice as fast as np.nonzero
+                found.append((pairs + first * len(self.X), products.ravel()[pairs]))
         pairs, values = map(np.concatenate, zip(*found, strict=True))
         neurons, points = np.divmod(pairs, len(self.X))
         starts = np.flatnonzero(np.diff(neurons, prepend=-1))
@@ -1300,7 +1325,8 @@ class _Scan(_Search):
         scale = (signs / -np.sqrt(self.width)).astype(self.dtype)
         groups, starts = _parents(active.neurons)
         first_parent = self._levels[1] if len(self._levels) > 2 else 0
-        _move_leaves(self._rows, active, scale, step.astype(self.dtype), self._XXt, groups, starts, first_parent)
+        moves, X = step.astype(self.dtype), self.X.astype(self.dtype)
+        _move_leaves(self._rows, active, scale, moves, self._XXt, X, groups, starts, first_parent)
         self.operations += active.points.size * len(self.X)
         if first_parent:
             self.operations += groups.size * (FAN_OUT + 1) * len(self.X)
