@@ -28,7 +28,7 @@ import numpy as np
 import sublin
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
+import matplotlib.pyplot as plt
 
 PLOTS = Path(__file__).resolve().parent / "plots"
 STEPS = 4  # steps of each timed run; the residual is at the rounding of float32 then
@@ -188,7 +188,7 @@ def measure_scaling(quick):
     """Steps over the width at n = 16, and the headline cases; returns the content of scaling.json."""
     small = [1 << k for k in (range(10, 14) if quick else range(12, 21))]
     headline = 1 << (14 if quick else 20)
-    repeats = 2 if quick else 5
+    repeats = 2 if quick else 4
     for width in small[:3]:
         check_agreement(*random_unit_data(16, 16), width, METHODS)
     check_agreement(*random_unit_data(64, 32), headline >> 4, METHODS)
@@ -258,7 +258,9 @@ def summary(data):
     fitted = [cell for cell in sweep if cell["width"] >= 1 << 14] or sweep
     widths = [cell["width"] for cell in fitted]
     slopes = {
-        name: {key: slope(widths, [median_over_steps(cell, name, key) for cell in fitted]) for key in ("seconds", "operations")}
+        name: {
+            key: slope(widths, [median_over_steps(cell, name, key) for cell in fitted]) for key in ("seconds", "operations")
+        }
         for name in METHODS
     }
     ratios = []
@@ -268,7 +270,9 @@ def summary(data):
         row |= {f"dense / {name}": dense / median_over_steps(cell, name, "seconds") for name in METHODS if name != "dense"}
         for name in ("numpy", "matrix product"):
             if name in cell["methods"]:
-                row[f"{name} / tree"] = np.median(cell["methods"][name]["seconds"]) / median_over_steps(cell, "tree", "seconds")
+                row[f"{name} / tree"] = np.median(cell["methods"][name]["seconds"]) / median_over_steps(
+                    cell, "tree", "seconds"
+                )
                 row[f"dense / {name}"] = dense / np.median(cell["methods"][name]["seconds"])
         ratios.append(row)
     return {"slopes": slopes, "fitted_from": widths[0], "ratios": ratios}
@@ -306,7 +310,7 @@ def draw_scaling(data, path):
     sweep = [cell for cell in data["cells"] if cell["n"] == 16]
     widths = np.array([cell["width"] for cell in sweep])
     slopes = data["summary"]["slopes"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for axis, key, unit in zip(axes, ("seconds", "operations"), (1e3, 1.0), strict=True):
         for name, (label, _, _, colour, marker) in METHODS.items():
             if key == "operations" and name == "tree+sketch":
@@ -314,19 +318,16 @@ def draw_scaling(data, path):
             values = unit * np.array([median_over_steps(cell, name, key) for cell in sweep])
             legend = f"{label}, slope {slopes[name][key]:.2f}"
             axis.plot(widths, values, marker=marker, color=colour, label=legend, linewidth=2, markersize=6)
-            anchor = values[-1]
-            if name == "dense" or (name == "tree" and key == "operations"):
-                power = 1.0 if name == "dense" else 0.76
-                guide = 1.9 * anchor * (widths / widths[-1]) ** power if name == "dense" else 0.5 * anchor * (widths / widths[-1]) ** power
-                axis.plot(widths, guide, color="#777777", linestyle="--" if power == 1 else ":", linewidth=1.3)
-        if key == "seconds":
-            tree = unit * median_over_steps(sweep[-1], "tree", key)
-            axis.plot(widths, 0.45 * tree * (widths / widths[-1]) ** 0.76, color="#777777", linestyle=":", linewidth=1.3)
+            for guided, power, dashes in (("dense", 1.0, "--"), ("tree", 0.76, ":")):
+                if name == guided:
+                    guide = values[-1] * (widths / widths[-1]) ** power
+                    axis.plot(widths, guide, color="#777777", linestyle=dashes, linewidth=1.5, zorder=1)
         axis.plot([], [], color="#777777", linestyle="--", label="slope 1")
         axis.plot([], [], color="#777777", linestyle=":", label="slope 0.76, the paper's exponent")
         axis.set_yscale("log")
+        axis.set_ylim(top=axis.get_ylim()[1] * 30)  # room for the legend
         width_axis(axis, widths)
-        axis.legend(fontsize=10)
+        axis.legend(fontsize=10, ncols=2, loc="upper left")
     axes[0].set_ylabel("milliseconds a step (median)")
     axes[0].set_title("Time of a Gauss-Newton step")
     axes[1].set_ylabel("operations a step")
@@ -351,7 +352,7 @@ def draw_phases(data, path):
             axis.bar(places, 100 * part, bottom=bottom, color=colour, label=label, width=0.8)
             bottom += 100 * part
         for place, total in zip(places, totals, strict=True):
-            axis.text(place, 101, f"{1e3 * total:.2g}", ha="center", fontsize=9)
+            axis.text(place, 101, f"{1e3 * total:#.2g}".rstrip(".") if total < 0.1 else f"{1e3 * total:.0f}", ha="center", fontsize=8)
         axis.set_xticks(places[::2], [power_label(cell["width"]) for cell in sweep[::2]])
         axis.set_xlabel("width m")
         axis.set_title(METHODS[name][0], pad=16)
@@ -380,9 +381,9 @@ def draw_digits(data, path):
     axes[0].set_yscale("log")
     axes[0].set_ylabel("relative residual |f - y| / |y|")
     axes[0].set_xlabel("Gauss-Newton steps")
-    axes[0].set_title("The same steps")
+    axes[0].set_title("The same steps ...")
     axes[1].set_xlabel("seconds, initialisation included (median)")
-    axes[1].set_title("in less time")
+    axes[1].set_title("... in other times")
     for axis in axes:
         axis.legend()
     figure.suptitle(f"Digits, odd against even: n = {data['n']}, width {power_label(data['width'])}, float64", fontsize=12)
@@ -408,7 +409,9 @@ def draw_all(suffix):
     for name, found in scaling["summary"]["slopes"].items():
         print(f"{name:12s} slope of seconds {found['seconds']:.2f}, of operations {found['operations']:.2f}")
     for row in scaling["summary"]["ratios"]:
-        print("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} = {value}" for key, value in row.items()))
+        print(
+            "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} = {value}" for key, value in row.items())
+        )
 
 
 def main():

@@ -1142,8 +1142,8 @@ def _check_memory(what, needed):
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else np.inf
     if needed > available:
         raise MemoryError(
-            f"{what} would need {needed / 2**30:,.1f} GiB, but {available / 2**30:,.1f} GiB are available; use fewer neurons "
-            'or points, or dtype="float32"'
+            f"{what} would need {needed / 2**30:,.1f} GiB, but {available / 2**30:,.1f} GiB are available; use fewer "
+            'neurons or points, or dtype="float32"'
         )
 
 
@@ -1683,6 +1683,8 @@ class SublinearTrainer:
         }
         self.history_.append(record)
         if self.verbose:
-            print("{iteration:4d}  residual {residual:.2e}  changed {changed}  flips {flips}  {seconds:.3f} s".format(**record))
+            print(
+                "{iteration:4d}  residual {residual:.2e}  changed {changed}  flips {flips}  {seconds:.3f} s".format(**record)
+            )
         if self.callback is not None:
             self.callback(record)
