@@ -352,7 +352,7 @@ def draw_phases(data, path):
             axis.bar(places, 100 * part, bottom=bottom, color=colour, label=label, width=0.8)
             bottom += 100 * part
         for place, total in zip(places, totals, strict=True):
-            axis.text(place, 101, f"{1e3 * total:#.2g}".rstrip(".") if total < 0.1 else f"{1e3 * total:.0f}", ha="center", fontsize=8)
+            axis.text(place, 101, f"{1e3 * total:#.2g}".rstrip("."), ha="center", fontsize=8)
         axis.set_xticks(places[::2], [power_label(cell["width"]) for cell in sweep[::2]])
         axis.set_xlabel("width m")
         axis.set_title(METHODS[name][0], pad=16)

@@ -564,16 +564,18 @@ def _gram_times(X, XXt, active, v):
         sums = partial[chunk]
         w = np.empty(d)
         for q in range(active.neurons.size * chunk // CHUNKS, active.neurons.size * (chunk + 1) // CHUNKS):
-            points = active.points[active.offsets[q] : active.offsets[q + 1]]
-            if points.size <= d:
-                for i in points:
-                    for j in points:
-                        sums[i] += XXt[i, j] * v[j]
+            first, end = active.offsets[q], active.offsets[q + 1]
+            if end - first <= d:
+                for e in range(first, end):
+                    i, product = active.points[e], 0.0
+                    for h in range(first, end):
+                        product += XXt[i, active.points[h]] * v[active.points[h]]
+                    sums[i] += product
             else:
                 w[:] = 0.0
-                for i in points:
+                for i in active.points[first:end]:
                     _add_multiple(w, v[i], X[i])
-                for i in points:
+                for i in active.points[first:end]:
                     sums[i] += _dot(w, X[i])
     return partial
 
@@ -729,25 +731,32 @@ def _hadamard_times(indptr, neurons, signs, rows):
     return out
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
-def _sparse_sign_times(X, indptr, neurons, signs, key, size):
-    """S J^T sqrt(m SPARSITY), transposed, for a sparse sign S; X carries the signs of the coordinates."""
+@njit(parallel=True, cache=True)
+def _sparse_sign_times(X, indptr, slots, neurons, signs, key, size):
+    """S J^T sqrt(m SPARSITY), transposed, for a sparse sign S; X carries the signs of the coordinates.
+
+    Column i is a sum of shifted copies of x_i, so the signs are first added up by shift: O(nnz + n d min(size, |Q_i|)).
+    """
     n, d = X.shape
     out = np.zeros((n, size))
     for i in prange(n):
+        x, mine = X[i], slots[indptr[i] : indptr[i + 1]]
+        my_neurons, my_signs = neurons[mine], signs[mine]
         for j in range(SPARSITY):
             low, high = size * j // SPARSITY, size * (j + 1) // SPARSITY
             if high == low:
                 continue
-            part = np.zeros(high - low + d)  # longer by d, and folded at the end, so that no copy of x_i wraps around
-            for z in range(indptr[i], indptr[i + 1]):
-                bits = _hash(key, np.uint64(neurons[z] * SPARSITY + j))
+            totals = np.zeros(high - low)
+            for z in range(mine.size):
+                bits = _hash(key, np.uint64(my_neurons[z] * SPARSITY + j))
                 shift = np.int64(((bits >> np.uint64(32)) * np.uint64(high - low)) >> np.uint64(32))
-                sign = signs[z] if bits & np.uint64(1) else -signs[z]
+                totals[shift] += my_signs[z] * (1.0 - 2.0 * np.float64(bits & np.uint64(1)))
+            unwound = np.zeros(high - low + d)
+            for shift in np.flatnonzero(totals):
                 for k in range(d):
-                    part[shift + k] += sign * X[i, k]
-            for s in range(part.size):
-                out[i, low + s % (high - low)] += part[s]
+                    unwound[shift + k] += totals[shift] * x[k]
+            for k in range(unwound.size):
+                out[i, low + k % (high - low)] += unwound[k]
     return out
 
 
@@ -807,8 +816,9 @@ def sparse_sign_sketch(J, size, rng):
     """S J^T (size, n) for a sparse sign matrix S with SPARSITY nonzeros in each column, one in each quarter of its rows.
 
     The column of neuron r and coordinate k has them in rows h_1(r) + k, ..., h_4(r) + k of the quarters, cyclically, with
-    signs s_1(r) t(k), ..., s_4(r) t(k): a neuron adds four shifted copies of x_i, contiguous in memory, and the columns
-    of one neuron stay orthogonal as long as d is at most a quarter of size. Costs O(nnz d), nnz active pairs.
+    signs s_1(r) t(k), ..., s_4(r) t(k): a neuron adds four shifted copies of x_i, so those of a
+    point can be added up by shift first, and the columns of one neuron stay orthogonal as long as d is at most a quarter
+    of size. Costs O(nnz + n d min(size, |Q_i|)) for nnz active pairs.
 
     With size >= 2 n (n + 1) / (eps^2 delta) it is a (1 +- eps) subspace embedding with probability 1 - delta, by the
     second moment as in [CW13] and [NN13]. A preconditioner needs far less: 8 n is the trainer's choice.
@@ -819,7 +829,7 @@ def sparse_sign_sketch(J, size, rng):
     size, rng = _check_integer("size", size, 1), np.random.default_rng(rng)
     X = J.X * (1 - 2 * rng.integers(2, size=J.X.shape[1]))
     indptr, slots = J._slots
-    sums = _sparse_sign_times(X, indptr, J.active.neurons[slots], J._signs[slots], _key(rng), size)
+    sums = _sparse_sign_times(X, indptr, slots, J.active.neurons, J._signs, _key(rng), size)
     return sums.T / np.sqrt(J.width * min(size, SPARSITY))
 
 
