@@ -230,10 +230,10 @@ class ActiveSets(NamedTuple):
 
 def _levels(leaves):
     """First row of each level, then the number of rows."""
-    levels = [0]
-    while leaves > FAN_OUT or len(levels) == 1:
-        leaves = -(-leaves // FAN_OUT)
-        levels.append(levels[-1] + leaves * FAN_OUT)
+    levels, groups = [0], leaves
+    while groups > 1 or len(levels) == 1:
+        groups = -(-groups // FAN_OUT)
+        levels.append(levels[-1] + groups * FAN_OUT)
     return np.array(levels)
 
 
@@ -336,16 +336,23 @@ def _report(rows, neurons, offsets, low, high, tau):
     return points, values
 
 
+def _least_at_or_above(tau, dtype):
+    """The least finite number of a precision that is >= tau, so that comparing with it is comparing with tau itself.
+
+    Finite, because padding is -inf and must never be reported. Infinite where tau is above all numbers.
+    """
+    with np.errstate(over="ignore"):
+        least = np.maximum(dtype.type(tau), np.finfo(dtype).min)
+    return np.nextafter(least, dtype.type(np.inf)) if float(least) < float(tau) else least
+
+
 def _query(rows, levels, low, high, tau):
     """Algorithm 4 for the trees low, ..., high - 1 at once: descend from the top into every group that reaches tau.
 
     Returns the active sets, the products of the active pairs and the number of nodes touched, which for one tree is at
     most FAN_OUT times (reported leaves) times (levels).  Given levels of height one it compares every leaf.
     """
-    tau = np.maximum(tau, np.finfo(rows.dtype).min)  # padding is -inf and must never be reported
-    least = rows.dtype.type(tau)
-    if least < tau:  # the least number of this precision that is >= tau
-        least = np.nextafter(least, rows.dtype.type(np.inf))
+    least = _least_at_or_above(tau, rows.dtype)
     reached = np.arange((levels[-1] - levels[-2]) // FAN_OUT)
     touched = 0
     for first in levels[-2::-1]:
@@ -1092,6 +1099,17 @@ def _check_unit_rows(X):
     return X
 
 
+def _check_row_lengths(X):
+    """Lengths (n, 1) of the rows of centred X, none of them zero."""
+    lengths = np.linalg.norm(X, axis=1, keepdims=True)
+    if not lengths.all():
+        raise ValueError(
+            f"row {np.argmin(lengths)} of X is zero once columns are centred, and has no direction; "
+            'use normalize="lift", which gives it one'
+        )
+    return lengths
+
+
 def _check_index(name, value, size):
     value = _check_integer(name, value, -np.inf)
     if not 0 <= value < size:
@@ -1165,6 +1183,8 @@ def _seed(random_state):
         return int(random_state.randint(1 << 31))
     if isinstance(random_state, np.random.Generator):
         return int(random_state.integers(1 << 63))
+    if random_state is np.random:  # NumPy's own global state
+        return _seed(np.random.mtrand._rand)
     seed = _check_integer("random_state", random_state, 0)
     if seed >= 1 << 64:
         raise ValueError(f"random_state must be below 2^64, got {seed}")
@@ -1213,9 +1233,10 @@ class _Search:
 
     def __init__(self, X, XXt, shift, width, seed, init, dtype):
         self.X, self.shift, self.width, self.init = X, shift, width, init
-        self._draw = partial(_starting_blocks, seed, width, X.shape[1], init)
+        self.draw = partial(_starting_blocks, seed, width, X.shape[1], init)
         self.dtype = np.dtype(dtype)
         self.operations = 0
+        self.least_active = _least_at_or_above(shift, self.dtype)
         self._allocate(XXt)
         self._start()
 
@@ -1240,7 +1261,7 @@ class _Dense(_Search):
             self.W[first : first + len(W)] = W
             self.signs[first : first + len(W)] = signs
 
-        for _ in self._draw(keep):
+        for _ in self.draw(keep):
             pass
 
     def active(self):
@@ -1252,7 +1273,7 @@ class _Dense(_Search):
         with nullcontext() if self.width * X.size >= 1 << 29 else _serial_blas():
             for first in range(0, self.width, BLOCK):
                 products = self.W[first : first + BLOCK] @ X
-                pairs = np.flatnonzero(products >= self.shift)  # of a flat mask: twice as fast as np.nonzero
+                pairs = np.flatnonzero(products >= self.least_active)  # of a flat mask: twice as fast as np.nonzero
                 found.append((pairs + first * len(self.X), products.ravel()[pairs]))
         pairs, values = map(np.concatenate, zip(*found, strict=True))
         neurons, points = np.divmod(pairs, len(self.X))
@@ -1309,13 +1330,13 @@ class _Scan(_Search):
 
         def products_of(first, W, signs):
             products = W.astype(self.dtype, copy=False) @ X
-            fires = (products >= self.shift).any(axis=1)
+            fires = (products >= self.least_active).any(axis=1)
             live = np.flatnonzero(fires)
             return first + live, W[live], signs[live], products[live], products[~fires]
 
         found = []
         front, back = 0, self.width
-        for *live, live_products, dead_products in self._draw(products_of):
+        for *live, live_products, dead_products in self.draw(products_of):
             self._rows[front : front + len(live_products)] = live_products
             self._rows[back - len(dead_products) : back] = dead_products
             front, back = front + len(live_products), back - len(dead_products)
@@ -1326,9 +1347,9 @@ class _Scan(_Search):
 
     def active(self):
         """The active sets, neurons by row, and the products of the active pairs."""
-        active, values, touched = _query(self._rows, self._levels, 0, len(self.X), self.shift)
+        self._active, values, touched = _query(self._rows, self._levels, 0, len(self.X), self.shift)
         self.operations += touched
-        return active, values
+        return self._active, values
 
     def move(self, active, signs, step):
         """The products for W <- W - J^T step."""
@@ -1353,7 +1374,7 @@ class _Scan(_Search):
 
     def trained_live(self):
         """Weights of the live neurons now (n_live, d)."""
-        active, _ = self.active()
+        active = self._active
         rows = np.repeat(active.neurons, np.diff(active.offsets))
         entries = [(rows, active.points, self._sum[active.points]), *self._flips]
         rows, points, gamma = map(np.concatenate, zip(*entries, strict=True))
@@ -1374,13 +1395,13 @@ class _Scan(_Search):
             W[self.live[low:high] - first] = trained[low:high]
             return W, signs
 
-        yield from self._draw(train)
+        yield from self.draw(train)
 
     def fill(self, out):
         def keep(first, W, _):
             out[first : first + len(W)] = W
 
-        for _ in self._draw(keep):
+        for _ in self.draw(keep):
             pass
         out[self.live] = self.trained_live()
 
@@ -1400,6 +1421,33 @@ SEARCHES = {"dense": _Dense, "scan": _Scan, "tree": _Tree}
 
 PHASES = ("seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update")
 SOLVERS = ("cholesky", "sketch", "richardson", "cg", "gradient")
+
+
+class _Scales(NamedTuple):
+    """How data become unit rows, and targets come to have mean 0 and variance 1."""
+
+    x_mean: np.ndarray
+    lift: float  # the coordinate appended to every row; 0 for none
+    y_mean: float
+    y_scale: float
+    normalize: bool
+
+    @classmethod
+    def of(cls, X, y, normalize):
+        if normalize is None:
+            return cls(np.zeros(X.shape[1]), 0.0, 0.0, 1.0, False)
+        x_mean = X.mean(axis=0)
+        # The root mean square length of the rows, so that direction and length of a row weigh alike.
+        lift = np.sqrt(np.mean(np.sum((X - x_mean) ** 2, axis=1))) or 1.0 if normalize == "lift" else 0.0
+        return cls(x_mean, lift, y.mean(), y.std() or 1.0, True)
+
+    def unit_rows(self, X):
+        if not self.normalize:
+            return _check_unit_rows(X.copy())
+        X = X - self.x_mean
+        if self.lift:
+            X = np.column_stack([X, np.full(len(X), self.lift)])
+        return X / _check_row_lengths(X)
 
 
 class _Stopwatch:
@@ -1512,15 +1560,17 @@ class SublinearTrainer:
 
     def fit(self, X, y):
         """Trains from new starting weights on X (n, d) and y (n,); neither is modified. Returns self."""
-        self._check_options()
+        shift, seed = self._check_options()
         X = _check_matrix("X", X)
         y = _check_vector("y", y, size=len(X))
         begin = time.perf_counter()
-        self._learn_scales(X, y)
-        self._X, y = self._scaled(X), (y - self._y_mean) / self._y_scale
-        XXt = self._X @ self._X.T
-        self._search = SEARCHES[self.search](self._X, XXt, self.shift_, self.width, self._seed, self.init, self.dtype)
-        self._prepare_solver(len(X))
+        scales = _Scales.of(X, y, self.normalize)
+        X, y = scales.unit_rows(X), (y - scales.y_mean) / scales.y_scale
+        XXt = X @ X.T
+        search = SEARCHES[self.search](X, XXt, shift, self.width, seed, self.init, self.dtype)
+        # Nothing of this object has changed up to here, so that input that is refused leaves it as it was.
+        self._X, self._scales, self._search, self.shift_ = X, scales, search, shift
+        self._prepare_solver(seed)
         self.init_seconds_ = time.perf_counter() - begin
 
         y_norm = np.linalg.norm(y) or 1.0
@@ -1558,13 +1608,13 @@ class SublinearTrainer:
         """Outputs (k,) of the trained network at X (k, d)."""
         self._check_fitted()
         X = _check_matrix("X", X)
-        if X.shape[1] != self._x_mean.size:
-            raise ValueError(f"X has {X.shape[1]} columns, but fit saw {self._x_mean.size}")
-        X = self._scaled(X)
+        if X.shape[1] != self._scales.x_mean.size:
+            raise ValueError(f"X has {X.shape[1]} columns, but fit saw {self._scales.x_mean.size}; pass the same features")
+        X = self._scales.unit_rows(X)
         outputs = np.zeros(len(X))
         for W, signs in self._search.trained_blocks():
             outputs += np.maximum(X @ W.T - self.shift_, 0.0) @ signs
-        return outputs / np.sqrt(self.width) * self._y_scale + self._y_mean
+        return outputs / np.sqrt(self._search.width) * self._scales.y_scale + self._scales.y_mean
 
     def score(self, X, y):
         """Coefficient of determination R^2 of predict(X) with respect to y."""
@@ -1575,8 +1625,9 @@ class SublinearTrainer:
         """Hidden weights now (m, d) float64; d counts the coordinate that normalize="lift" appends."""
         self._check_fitted()
         d = self._X.shape[1]
-        _check_memory(f"weights() of {self.width} neurons in {d} dimensions", self.width * d * 8)
-        out = np.empty((self.width, d))
+        width = self._search.width
+        _check_memory(f"weights() of {width} neurons in {d} dimensions", width * d * 8)
+        out = np.empty((width, d))
         self._search.fill(out)
         return out
 
@@ -1590,9 +1641,10 @@ class SublinearTrainer:
     def signs_(self):
         """Output signs (m,)."""
         self._check_fitted()
-        return np.concatenate(list(_starting_blocks(self._seed, self.width, 1, self.init, lambda first, W, signs: signs)))
+        return np.concatenate(list(self._search.draw(lambda first, W, signs: signs)))
 
     def _check_options(self):
+        """Raises on bad options; returns the threshold and the seed."""
         _check_integer("width", self.width, 1)
         for name, known in (
             ("search", SEARCHES),
@@ -1614,45 +1666,21 @@ class SublinearTrainer:
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback must be callable, got {self.callback!r}")
         default = default_shift(self.width, self.alpha)
-        self.shift_ = default if self.shift == "auto" else _check_real("shift", self.shift)
-        self._seed = _seed(self.random_state)
+        shift = default if isinstance(self.shift, str) and self.shift == "auto" else _check_real("shift", self.shift)
+        return shift, _seed(self.random_state)
 
     def _check_fitted(self):
         if not hasattr(self, "history_"):
             raise AttributeError("this SublinearTrainer is not fitted yet; call fit(X, y) first")
 
-    def _learn_scales(self, X, y):
-        self._x_mean, self._lift, self._y_mean, self._y_scale = np.zeros(X.shape[1]), None, 0.0, 1.0
-        if self.normalize is None:
-            return
-        self._x_mean = X.mean(axis=0)
-        self._y_mean = y.mean()
-        self._y_scale = y.std() or 1.0
-        if self.normalize == "lift":
-            self._lift = np.sqrt(np.mean(np.sum((X - self._x_mean) ** 2, axis=1))) or 1.0
-
-    def _scaled(self, X):
-        """Rows of length 1."""
-        if self.normalize is None:
-            return _check_unit_rows(X.copy())
-        X = X - self._x_mean
-        if self._lift is not None:
-            X = np.column_stack([X, np.full(len(X), self._lift)])
-        lengths = np.linalg.norm(X, axis=1)
-        if not lengths.all():
-            raise ValueError(
-                f"row {np.argmin(lengths)} of X is zero once columns are centred, and has no direction; "
-                'use normalize="lift", which gives it one'
-            )
-        return X / lengths[:, None]
-
-    def _prepare_solver(self, n):
+    def _prepare_solver(self, seed):
+        n = len(self._X)
         self._rate = None
         if self.solver in ("sketch", "richardson", "cg"):
             self._tolerance = _regression_tolerance(self._X, self.shift_)
         default_size = (64 if self.solver == "richardson" else 8) * n
         self._size = default_size if self.sketch_size is None else self.sketch_size
-        self._rng = np.random.default_rng(self._seed)  # of the sketches
+        self._rng = np.random.default_rng(seed)  # of the sketches
 
     def _look(self, stopwatch):
         """Finds the active sets of the network as it is now, and returns its outputs f (n,)."""
