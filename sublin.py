@@ -1,4 +1,4 @@
-"""Training two-layer networks at a cost that does not grow with their width.
+"""Training two-layer networks in time sublinear in their width.
 
 An implementation of
 
@@ -21,14 +21,15 @@ Notation (the paper's symbol, its name here, its shape)
     a_r     signs     output signs, +1 or -1, never trained                               (m,)
     m       width     number of neurons
     b       shift     threshold of the ReLU, sqrt(0.5 (1 - alpha) ln m) by default
-    Q_i     --        neurons active on x_i: {r : <w_r, x_i> >= b}                        set
+    Q_i     active    neurons active on x_i: {r : <w_r, x_i> >= b}                        set
     act(r)  --        points on which neuron r is active: {i : r in Q_i}                  set
     K       neurons   neurons active on some point, which are those a step changes        set
+    --      live      neurons active on some point at the start: all that ever change     set
     J       J         Jacobian; block (i, r) is m^(-1/2) a_r x_i^T if r in Q_i, else 0    (n, m d)
     G       gram      Gram matrix J J^T                                                   (n, n)
     g       step      Gauss-Newton dual step                                              (n,)
     S       --        sketching matrix, never formed                                      (size, m d)
-    R       --        triangular factor that makes S J^T R orthonormal                    (n, n)
+    R       T^-1      triangular factor that makes S J^T R orthonormal                    (n, n)
     lambda  --        smallest eigenvalue of the shifted neural tangent kernel
 
 Where the paper disagrees with itself we read: (z - b)_+ for the activation, m^(-1/2) in front of the sum, "active" as >= b,
@@ -42,6 +43,8 @@ Further references
     [CW13]   K. Clarkson, D. Woodruff, "Low Rank Approximation and Regression in Input Sparsity Time", STOC 2013.
     [NN13]   J. Nelson, H. Nguyen, "OSNAP: Faster Numerical Linear Algebra Algorithms", FOCS 2013.
     [SYZ21]  Z. Song, S. Yang, R. Zhang, "Does Preprocessing Help Training Over-parameterized Neural Networks?", 2021.
+    [ZMG19]  G. Zhang, J. Martens, R. Grosse, "Fast Convergence of Natural Gradient Descent for Over-Parameterized Neural
+             Networks", NeurIPS 2019.
     [Tro11]  J. Tropp, "Improved Analysis of the Subsampled Randomized Hadamard Transform", 2011.
 
 The sections follow the data: problem, trees, active sets and Jacobian, sketches, solvers, kernel theory, input checks,
@@ -50,6 +53,7 @@ searches, trainer.
 
 import ctypes
 import inspect
+import math
 import os
 import time
 import warnings
@@ -81,7 +85,8 @@ __all__ = [
 ]
 
 # Parallel loops run over this many chunks whatever the number of threads, and partial sums are added chunk by chunk, so
-# that the same seed gives the same bits on any machine.
+# that the same seed gives the same bits with any number of threads. (BLAS may differ where it is left its own threads:
+# in solves with n > 1024 and in wide dense products.)
 CHUNKS = 64
 
 # Reassociation lets sums and counts use vector registers. Flags that assume away infinities and NaN would break the
@@ -108,7 +113,7 @@ def _openblas_threads():
 
 @contextmanager
 def _serial_blas():
-    """Keeps BLAS and LAPACK on one thread.
+    """Keeps BLAS and LAPACK on one thread, in the whole process: not for calls that overlap in several threads.
 
     Their idle threads spin for some 25 ms after a call, on cores that the compiled loops then wait for: a QR factorisation
     of 512 x 64 and three small loops after it took 3.9 + 7.6 ms, and 0.7 + 1.3 ms on one thread (2 cores, means).
@@ -135,11 +140,11 @@ def default_shift(width, alpha=0.04):
     """Threshold b = sqrt(0.5 (1 - alpha) ln width) of Theorem G.2, for 0 <= alpha < 1.
 
     A neuron is then active on a point with probability at most width^(-(1 - alpha) / 4), so that alpha = 0.04 leaves at
-    most width^0.76 of them (Corollary A.11).
+    most width^0.76 of them on average (Corollary A.11). Theorem G.2 itself asks for alpha > 0.
     """
     width = _check_integer("width", width, 1)
     alpha = _check_real("alpha", alpha, 0.0, 1.0)
-    return float(np.sqrt(0.5 * (1.0 - alpha) * np.log(width)))
+    return math.sqrt(0.5 * (1.0 - alpha) * math.log(width))
 
 
 def separability(X):
@@ -249,7 +254,7 @@ def _set_maximum(rows, first_child, parent):
 
 
 @njit(parallel=True, cache=True)
-def _lift(rows, first_child, first_parent, parents):
+def _mend(rows, first_child, first_parent, parents):
     """Mends the given parents of one level. O(n FAN_OUT) each."""
     for chunk in prange(CHUNKS):
         for q in range(parents.size * chunk // CHUNKS, parents.size * (chunk + 1) // CHUNKS):
@@ -272,12 +277,12 @@ def _parents(nodes):
     return parents[:found].copy(), starts[: found + 1].copy()
 
 
-def _lift_ancestors(rows, levels, nodes, level=0):
+def _mend_ancestors(rows, levels, nodes, level=0):
     """Mends every ancestor of the given nodes (ascending) of a level, once; returns how many tree nodes were touched."""
     touched = 0
     for first_child, first_parent in zip(levels[level:-2], levels[level + 1 : -1], strict=True):
         nodes, _ = _parents(nodes)
-        _lift(rows, first_child, first_parent, nodes)
+        _mend(rows, first_child, first_parent, nodes)
         touched += nodes.size * (FAN_OUT + 1) * rows.shape[1]
     return touched
 
@@ -343,14 +348,14 @@ def _least_at_or_above(tau, dtype):
     """
     with np.errstate(over="ignore"):
         least = np.maximum(dtype.type(tau), np.finfo(dtype).min)
-    return np.nextafter(least, dtype.type(np.inf)) if float(least) < float(tau) else least
+        return np.nextafter(least, dtype.type(np.inf)) if float(least) < float(tau) else least
 
 
 def _query(rows, levels, low, high, tau):
     """Algorithm 4 for the trees low, ..., high - 1 at once: descend from the top into every group that reaches tau.
 
     Returns the active sets, the products of the active pairs and the number of nodes touched, which for one tree is at
-    most FAN_OUT times (reported leaves) times (levels).  Given levels of height one it compares every leaf.
+    most FAN_OUT times max(1, reported leaves) times (levels).  Given levels of height one it compares every leaf.
     """
     least = _least_at_or_above(tau, rows.dtype)
     reached = np.arange((levels[-1] - levels[-2]) // FAN_OUT)
@@ -406,7 +411,7 @@ class MaxTrees:
         self.X, self.W = X.astype(dtype), W.astype(dtype)
         self._rows = np.full((self._levels[-1], len(X)), -np.inf, dtype)
         np.matmul(self.W, self.X.T, out=self._rows[: len(W)])
-        _lift_ancestors(self._rows, self._levels, np.arange(len(W)))
+        _mend_ancestors(self._rows, self._levels, np.arange(len(W)))
         self.touched = self._rows.size
 
     def query(self, i, tau):
@@ -428,7 +433,8 @@ class MaxTrees:
 
     def update(self, j, w):
         """Algorithm 3: replaces w_j by w (d,) in O(n (d + log m))."""
-        self.update_many([_check_index("j", j, len(self.W))], np.asarray(w)[None])
+        w = _check_vector("w", w, size=self.X.shape[1], reason="one for each column of X")
+        self.update_many([_check_index("j", j, len(self.W))], w[None])
 
     def update_many(self, js, W_new):
         """Replaces the k weight vectors with the distinct indices js (k,) by the rows of W_new (k, d).
@@ -436,13 +442,14 @@ class MaxTrees:
         Every ancestor is recomputed once: O(k n (d + log m)), less where paths meet.
         """
         js = _check_indices("js", js, len(self.W))
-        W_new = _check_matrix("W_new", W_new, rows=js.size)
+        W_new = _check_matrix("W_new", W_new, rows=js.size, reason="one for each of js")
         _check_columns("W_new", W_new, "X", self.X)
+        W_new = _check_cast("W_new", W_new, self.W.dtype)
         order = np.argsort(js)
         js = js[order]
         self.W[js] = W_new[order]
         self._rows[js] = self.W[js] @ self.X.T
-        self.touched += js.size * len(self.X) + _lift_ancestors(self._rows, self._levels, js)
+        self.touched += js.size * len(self.X) + _mend_ancestors(self._rows, self._levels, js)
 
     def check(self):
         """Asserts every invariant: leaves are products, inner nodes maxima of their children, padding -inf."""
@@ -589,7 +596,7 @@ def _gram_times(X, XXt, active, v):
 
 @njit(parallel=True, cache=True)
 def _coactivity(active, n, bands):
-    """C[i, j] = |Q_i n Q_j| for j <= i. O(sum over r of |act(r)|^2).
+    """C[i, j] = |Q_i n Q_j| for j <= i. O(n^2 + bands nnz + sum over r of |act(r)|^2).
 
     Each of the bands of rows is counted by one thread, which passes over all neurons for it, so no count is shared.
     """
@@ -630,11 +637,14 @@ class SparseJacobian(LinearOperator):
     X : (n, d) data points.
     signs : (m,) output signs.
     indptr, indices : active sets in CSR by point; the neurons active on x_i are indices[indptr[i]:indptr[i + 1]].
+
+    Attributes: X; width, the number m of neurons; active, the ActiveSets by neuron. Raises TypeError, ValueError or
+    IndexError on bad input.
     """
 
     def __init__(self, X, signs, indptr, indices):
         X = _check_matrix("X", X)
-        signs = _check_vector("signs", signs)
+        signs = _check_signs(signs)
         active = _by_neuron(*_check_csr(indptr, indices, len(X), signs.size))
         self._bind(X, X @ X.T, signs[active.neurons], signs.size, active)
 
@@ -652,20 +662,25 @@ class SparseJacobian(LinearOperator):
         self._signs = signs  # of active.neurons, in their order
 
     def _matvec(self, u):
-        u = np.ravel(u).astype(float)
+        u = _check_vector("u", np.ravel(u), size=self.shape[1], reason="m d of them")
         return _jacobian_times(self.X, self.active, self._signs, u).sum(axis=0) / np.sqrt(self.width)
 
     def _rmatvec(self, v):
+        v = _check_vector("v", np.ravel(v), size=len(self.X), reason="one for each row of X")
         out = np.zeros(self.shape[1])
-        _jacobian_transpose_times(self.X, self.active, self._signs, np.ravel(v) / np.sqrt(self.width), out)
+        _jacobian_transpose_times(self.X, self.active, self._signs, v / np.sqrt(self.width), out)
         return out
 
     def gram_times(self, v):
         """G v for v (n,), in at most O(nnz d) operations and O(n) memory."""
-        return _gram_times(self.X, self._XXt, self.active, np.asarray(v, dtype=float)).sum(axis=0) / self.width
+        v = _check_vector("v", v, size=len(self.X), reason="one for each row of X")
+        return _gram_times(self.X, self._XXt, self.active, v).sum(axis=0) / self.width
 
     def gram(self):
-        """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i n Q_j|: O(n^2 + sum over r of |act(r)|^2)."""
+        """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i n Q_j|: O(n^2 + sum over r of |act(r)|^2).
+
+        Beyond n = 700 the counts are made in n^2 / 2^18 bands, and every band passes over the active sets once more.
+        """
         n = len(self.X)
         bands = max(numba.get_num_threads(), n * n >> 18)  # a band's counts stay in cache: 2 MB or less
         return _gram(self._XXt, _coactivity(self.active, n, bands), self.width)
@@ -767,6 +782,26 @@ def _sparse_sign_times(X, indptr, slots, neurons, signs, key, size):
     return out
 
 
+@njit(cache=True)
+def _random_signs(key, counters):
+    """A sign +1 or -1 for every counter."""
+    signs = np.empty(counters.size)
+    for q in range(counters.size):
+        signs[q] = 1.0 - 2.0 * np.float64(_hash(key, np.uint64(counters[q])) & np.uint64(1))
+    return signs
+
+
+def _walsh_hadamard(A):
+    """A H for the Hadamard matrix H (entries +1 and -1) of the order of A's columns, a power of two: O(log order) passes."""
+    rows, order = A.shape
+    half = 1
+    while half < order:
+        pairs = A.reshape(rows, -1, 2, half)
+        A = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2)
+        half *= 2
+    return A.reshape(rows, order)
+
+
 def _key(rng):
     return np.uint64(rng.integers(1 << 63))
 
@@ -775,8 +810,9 @@ def gaussian_sketch(J, size, rng):
     """S J^T (size, n) for S (size, m d) of independent N(0, 1 / size) entries.
 
     With size >= ((sqrt(n) + sqrt(2 ln(2 / delta))) / (sqrt(1 + eps) - 1))^2 it is a (1 +- eps) subspace embedding of the
-    columns of J^T (Definition 2.1) with probability 1 - delta, whatever J (Davidson and Szarek). Costs O(|K| d size)
-    normal numbers, each drawn from a counter when it is needed: a reference, far too slow for wide networks.
+    columns of J^T (Definition 2.1) with probability at least 1 - delta, whatever J (Davidson and Szarek, "Local operator
+    theory, random matrices and Banach spaces", Theorem II.13). Costs |K| d size normal numbers, each drawn from a counter
+    when it is needed, and O(nnz d size) operations: a reference, far too slow for wide networks.
 
     J : SparseJacobian.  size : int >= 1.  rng : numpy Generator, or a seed for one.
     """
@@ -790,10 +826,11 @@ def srht_sketch(J, size, rng):
 
     H is the normalised Hadamard matrix of order N >= m d, the product of one over neurons and one over coordinates; D
     is a diagonal of signs that factors likewise; P draws `size` rows, with replacement. An entry of H is a parity, so the
-    neurons of a point cost O(|Q_i| size), and the coordinates one small transform of x_i, with no factor d.
+    neurons of a point cost O(|Q_i| size), and the coordinates one fast transform of x_i, with no factor d.
 
-    With size >= C n ln(n / delta)^2 / eps^2 it is a (1 +- eps) subspace embedding with probability 1 - delta (Lemma
-    2.2; [Tro11] for independent signs). C = 1 was enough for all data measured here.
+    For independent signs and N = poly(n), O(n ln(n / delta)^2 / eps^2) rows make it a (1 +- eps) subspace embedding with
+    probability at least 1 - delta (Lemma 2.2, [Tro11]). No bound is claimed for Kronecker signs, which need more rows
+    when n is small: n ln(n / 0.1)^2 / 0.25 of them missed eps = 0.5 in 9 % of the draws at n = 4, in 26 % at n = 2.
 
     J : SparseJacobian.  size : int >= 1.  rng : numpy Generator, or a seed for one.
     """
@@ -803,32 +840,24 @@ def srht_sketch(J, size, rng):
     order = 1 << max(d - 1, 0).bit_length()
     coordinate_rows = rng.integers(order, size=size)
     neuron_rows = rng.integers(1 << max(J.width - 1, 0).bit_length(), size=size)
-    coordinates = J.X * (1 - 2 * rng.integers(2, size=d)) @ scipy.linalg.hadamard(order)[:d]
+    coordinates = _walsh_hadamard(np.pad(J.X * (1 - 2 * rng.integers(2, size=d)), ((0, 0), (0, order - d))))
     indptr, slots = J._slots
-    flips = (_hash_all(_key(rng), J.active.neurons) & np.uint64(1)).astype(float)
-    signs = J._signs * (1.0 - 2.0 * flips)
+    signs = J._signs * _random_signs(_key(rng), J.active.neurons)
     neurons = _hadamard_times(indptr, J.active.neurons[slots], signs[slots], neuron_rows)
     return (neurons * coordinates[:, coordinate_rows]).T / np.sqrt(J.width * size)
 
 
-@njit(cache=True)
-def _hash_all(key, counters):
-    out = np.empty(counters.size, np.uint64)
-    for q in range(counters.size):
-        out[q] = _hash(key, np.uint64(counters[q]))
-    return out
-
-
 def sparse_sign_sketch(J, size, rng):
-    """S J^T (size, n) for a sparse sign matrix S with SPARSITY nonzeros in each column, one in each quarter of its rows.
+    """S J^T (size, n) for a sparse sign matrix S with SPARSITY = 4 nonzeros in each column, one in each quarter of its rows.
 
-    The column of neuron r and coordinate k has them in rows h_1(r) + k, ..., h_4(r) + k of the quarters, cyclically, with
-    signs s_1(r) t(k), ..., s_4(r) t(k): a neuron adds four shifted copies of x_i, so those of a
-    point can be added up by shift first, and the columns of one neuron stay orthogonal as long as d is at most a quarter
-    of size. Costs O(nnz + n d min(size, |Q_i|)) for nnz active pairs.
+    Column (r, k), for neuron r and coordinate k, has its nonzeros in rows h_1(r) + k, ..., h_4(r) + k of the quarters,
+    cyclically, with signs s_1(r) t(k), ..., s_4(r) t(k). A neuron thus adds four shifted copies of x_i, which are first
+    added up by shift: O(nnz + n (size + d min(size, |Q_i|))) for nnz active pairs, without d for each of them.
 
-    With size >= 2 n (n + 1) / (eps^2 delta) it is a (1 +- eps) subspace embedding with probability 1 - delta, by the
-    second moment as in [CW13] and [NN13]. A preconditioner needs far less: 8 n is the trainer's choice.
+    With size >= max(4 d, 2 n (n + 1) / (eps^2 delta)), a multiple of 4, it is a (1 +- eps) subspace embedding with
+    probability at least 1 - delta, by the second moment as in [CW13] and [NN13]; the factor 2 is the price of signs t(k)
+    that all neurons share. Below 4 d rows coordinates of one neuron collide, and no size in n alone is enough. A
+    preconditioner needs far less than this bound: max(8 n, 4 d) is the trainer's choice.
 
     J : SparseJacobian.  size : int >= 1.  rng : numpy Generator, or a seed for one.
     """
@@ -893,7 +922,8 @@ def _conjugate_gradients(J, residual, damping, tolerance, preconditioner=None):
 
 
 def _solve_cg(J, residual, damping, tolerance, lap):
-    """Conjugate gradients without a preconditioner: O(sqrt(condition of G)) products with G."""
+    """Conjugate gradients without a preconditioner: O(sqrt(kappa) log(kappa / tolerance)) products with G, of condition
+    kappa."""
     _check_all_fire(J, damping)
     step, iterations = _conjugate_gradients(J, residual, damping, tolerance)
     lap("seconds_solve")
@@ -907,13 +937,14 @@ def _sketched_triangle(J, damping, sketch, size, rng):
         sketched = np.vstack([sketched, np.sqrt(damping) * np.eye(len(J.X))])
     T = scipy.linalg.qr(sketched, mode="r", overwrite_a=True, check_finite=False)[0][: len(J.X)]
     pivots = np.abs(np.diag(T))
-    if len(T) < len(J.X) or pivots.min() <= len(J.X) * np.finfo(float).eps * pivots.max():
-        raise _singular_error(J)
+    if pivots.min() <= len(J.X) * np.finfo(float).eps * pivots.max():
+        raise _singular_error(J, "or the sketch is too small: try a larger sketch_size")
     return T
 
 
 def _solve_sketch(J, residual, damping, tolerance, sketch, size, rng, lap):
-    """Conjugate gradients preconditioned by the sketch: O(log(1 / tolerance)) products with G, whatever its condition."""
+    """Conjugate gradients preconditioned by the sketch: O(log(kappa / tolerance)) products with G, of condition kappa
+    (Corollary A.8)."""
     _check_all_fire(J, damping)
     T = _sketched_triangle(J, damping, sketch, size, rng)
     lap("seconds_jacobian")
@@ -941,31 +972,31 @@ def _solve_richardson(J, residual, damping, tolerance, sketch, size, rng, lap):
     def times_R(v, transposed=False):
         return scipy.linalg.solve_triangular(T, v, trans="T" if transposed else "N", check_finite=False)
 
-    goal = tolerance * np.linalg.norm(residual)
-    step, best, iterations = np.zeros_like(residual), np.inf, 0
-    z = np.zeros_like(residual)
-    error = -residual
-    while np.linalg.norm(error) > goal:
-        if iterations % 50 == 49:
-            if np.linalg.norm(error) >= best:
-                raise np.linalg.LinAlgError(
-                    f"the Richardson iteration does not converge with sketch_size={size}: M = R^T G R is too far from the "
-                    'identity; use a larger sketch_size (64 n is usually enough) or solver="sketch"'
-                )
-            best = np.linalg.norm(error)
+    initial = best = size_of_error = np.linalg.norm(residual)
+    z, step, error, iterations = np.zeros_like(residual), np.zeros_like(residual), -residual, 0
+    while size_of_error > tolerance * initial:
         gradient = times_R(error, transposed=True)
         z -= times_R(gram @ times_R(gradient), transposed=True)
         step = times_R(z)
         error = gram @ step - residual
+        size_of_error = np.linalg.norm(error)
         iterations += 1
+        if size_of_error > 1e6 * initial or (iterations % 50 == 0 and size_of_error >= best):
+            raise np.linalg.LinAlgError(
+                f"the Richardson iteration does not converge with sketch_size={size}: M = R^T G R is too far from the "
+                'identity; use a larger sketch_size (64 n is usually enough) or solver="sketch"'
+            )
+        if iterations % 50 == 0:
+            best = size_of_error
     lap("seconds_solve")
     return step, iterations
 
 
 def _gradient_rate(J):
-    """1 / ||G||, the step size of gradient descent: half of what would just fail to converge."""
-    n = len(J.X)
-    return 1.0 / max(scipy.linalg.eigh(J.gram(), eigvals_only=True, subset_by_index=[n - 1, n - 1])[0], np.finfo(float).tiny)
+    """1 / ||G||, the step size of gradient descent: half of what would just fail to converge. Zero if G is."""
+    last = len(J.X) - 1
+    norm = scipy.linalg.eigh(J.gram(), eigvals_only=True, subset_by_index=[last, last])[0]
+    return 1.0 / norm if norm > 0 else 0.0
 
 
 def _check_all_fire(J, damping):
@@ -973,8 +1004,8 @@ def _check_all_fire(J, damping):
         raise _singular_error(J)
 
 
-def _singular_error(J):
-    """LinAlgError that says why the Gram matrix is singular and what to do."""
+def _singular_error(J, otherwise=""):
+    """LinAlgError that says why the Gram matrix is singular and what to do; or `otherwise`, if that is not certain."""
     silent = np.flatnonzero(np.bincount(J.active.points, minlength=len(J.X)) == 0)
     twins = np.argwhere(np.tril(J._XXt, -1) > 1 - 1e-12)
     if silent.size:
@@ -985,6 +1016,7 @@ def _singular_error(J):
         remedy = "distinct points"
     else:
         cause = f"{len(J.X)} points share {J.active.neurons.size} active neurons of {J.width}, too few to tell them apart"
+        cause = f"{cause} ({otherwise})" if otherwise else cause
         remedy = "a larger width or a smaller shift"
     return np.linalg.LinAlgError(f"the Gram matrix is singular: {cause}; use {remedy}, or damping > 0 (try 1e-6)")
 
@@ -1015,7 +1047,7 @@ def shifted_ntk(X, shift):
 def _regression_tolerance(X, shift):
     """Relative tolerance sqrt(lambda / n) / 6 of Algorithm 5, line 30, lambda the smallest eigenvalue of the shifted NTK.
 
-    Rounding can leave lambda at or below zero (coinciding points), so it is held at n times the unit roundoff or more.
+    Rounding can leave lambda at or below zero (coinciding points), so it is held at n times the machine epsilon or more.
     """
     smallest = scipy.linalg.eigh(shifted_ntk(X, shift), eigvals_only=True, subset_by_index=[0, 0])[0]
     return np.sqrt(max(smallest / len(X), np.finfo(float).eps)) / 6.0
@@ -1038,14 +1070,14 @@ def _check_real(name, value, low=-np.inf, below=np.inf):
 
 def _check_integer(name, value, low):
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {value!r}; pass int({name})")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value!r}")
     return int(value)
 
 
 def _check_choice(name, value, known):
-    if not (isinstance(value, str) and value in known):
+    if not (isinstance(value, (str, type(None))) and value in known):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     return value
 
@@ -1054,13 +1086,17 @@ def _check_numbers(name, value, dimensions):
     """A finite, real array of that many dimensions, none of them empty."""
     if scipy.sparse.issparse(value):
         raise TypeError(f"{name} is a sparse matrix, which is not supported; pass {name}.toarray()")
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name} must be an array, but its rows have different lengths") from None
     if array.dtype.kind == "c":
         raise TypeError(f"{name} must be real, got complex numbers; pass its real part")
     if array.dtype.kind not in "fiub":
-        raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}; convert it with astype(float)")
+        raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}; encode it as numbers (astype(float))")
     if array.ndim != dimensions:
-        raise ValueError(f"{name} must have {dimensions} dimension(s), got shape {array.shape}; reshape it")
+        remedy = f"{name}.ravel()" if dimensions == 1 else f"{name}[:, None] for one column, {name}[None] for one row"
+        raise ValueError(f"{name} must have {dimensions} dimension(s), got shape {array.shape}; pass {remedy}")
     if array.size == 0:
         raise ValueError(f"{name} must not be empty, got shape {array.shape}")
     if not np.isfinite(array).all():
@@ -1069,18 +1105,35 @@ def _check_numbers(name, value, dimensions):
     return array
 
 
-def _check_matrix(name, value, keep_float32=False, rows=None):
+def _check_matrix(name, value, keep_float32=False, rows=None, reason=""):
     array = _check_numbers(name, value, 2)
     if rows is not None and len(array) != rows:
-        raise ValueError(f"{name} must have {rows} rows, got shape {array.shape}")
+        raise ValueError(f"{name} must have {rows} rows, {reason}, got shape {array.shape}")
     return np.ascontiguousarray(array, dtype=np.float32 if keep_float32 and array.dtype == np.float32 else np.float64)
 
 
-def _check_vector(name, value, size=None):
+def _check_vector(name, value, size=None, reason="one for each row of X"):
     array = _check_numbers(name, value, 1)
     if size is not None and array.size != size:
-        raise ValueError(f"{name} must have {size} entries, one for each row of X, got {array.size}")
+        raise ValueError(f"{name} must have {size} entries, {reason}, got {array.size}")
     return array.astype(float)
+
+
+def _check_signs(value):
+    signs = _check_vector("signs", value)
+    wrong = np.flatnonzero(np.abs(signs) != 1)
+    if wrong.size:
+        raise ValueError(f"signs must be +1 or -1, but signs[{wrong[0]}] is {signs[wrong[0]]:g}; move its size into W")
+    return signs
+
+
+def _check_cast(name, array, dtype):
+    """The array in a precision that may be lower, still finite."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if not np.isfinite(cast).all():
+        raise ValueError(f"{name} has entries beyond the range of {dtype}, up to {np.abs(array).max():g}; use float64 trees")
+    return cast
 
 
 def _check_columns(name, array, other_name, other):
@@ -1132,7 +1185,7 @@ def _check_indices(name, value, size):
 
 def _check_threshold(tau):
     """A number, possibly infinite."""
-    if np.ndim(tau) or isinstance(tau, str) or np.isnan(float(tau)):
+    if isinstance(tau, (bool, np.bool_)) or not isinstance(tau, (int, float, np.integer, np.floating)) or tau != tau:
         raise ValueError(f"tau must be a number, possibly infinite, got {tau!r}")
     return float(tau)
 
@@ -1142,7 +1195,7 @@ def _check_csr(indptr, indices, n, m):
     for name, array in (("indptr", indptr), ("indices", indices)):
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise TypeError(f"{name} must be a vector of integers, got dtype {array.dtype}, shape {array.shape}")
-    if indptr.size != n + 1 or indptr[0] != 0 or indptr[-1] != indices.size or (np.diff(indptr) < 0).any():
+    if indptr.size != n + 1 or indptr[0] != 0 or indptr[-1] != indices.size or (indptr[1:] < indptr[:-1]).any():
         raise ValueError(
             f"indptr must rise from 0 to indices.size = {indices.size} in {n + 1} entries, one more than X has rows; "
             f"got {indptr.size} entries"
@@ -1229,7 +1282,13 @@ def _move_leaves(rows, active, scale, step, XXt, X, groups, starts, first_parent
 
 
 class _Search:
-    """What the three searches share. `operations` counts multiply-adds, comparisons and moves of products."""
+    """What the three searches share.
+
+    A search names neurons by rows of its own, has their `signs` by row, and offers: active(), the active sets and the
+    products of the active pairs; move(active, signs, step), which takes a step; flipped(...), told of what a step did;
+    original(active), with the neurons' own numbers; trained_blocks() and fill(out), the weights. `operations` counts
+    multiply-adds, comparisons and moves of products.
+    """
 
     def __init__(self, X, XXt, shift, width, seed, init, dtype):
         self.X, self.shift, self.width, self.init = X, shift, width, init
@@ -1242,6 +1301,11 @@ class _Search:
 
     def flipped(self, neurons, points, signs):
         """Told which pairs woke (+1) or fell asleep (-1) by the last step."""
+
+    def take_operations(self):
+        """Operations since the last call."""
+        taken, self.operations = self.operations, 0
+        return taken
 
     def outputs(self, active, signs, values):
         """f (n,) from the active pairs, the signs of the active neurons and the products of the pairs."""
@@ -1302,7 +1366,7 @@ class _Dense(_Search):
 
 
 class _Scan(_Search):
-    """All products, kept and moved without d, then compared with b: O(n m). The strong baseline.
+    """All products, kept and moved, then compared with b: O(n m) and the moves. The strong baseline.
 
     Rows of products are laid out live neurons first, in ascending order, then the dead ones; `live` holds the live
     neurons' numbers. A step then moves, mends and reports in one stretch of memory: on two cores, n = 64, d = 32 and
@@ -1316,9 +1380,9 @@ class _Scan(_Search):
     height = 1  # levels of the trees: a scan is a search in trees of leaves alone
 
     def _allocate(self, XXt):
-        self._levels = _levels(self.width)[: self.height + 1]
         n = len(self.X)
-        _check_memory(f"products of {n} points and {self.width} neurons", n * int(self._levels[-1]) * self.dtype.itemsize)
+        _check_memory(f"products of {n} points and {self.width} neurons", n * self.width * self.dtype.itemsize)
+        self._levels = _levels(self.width)[: self.height + 1]
         self._rows = np.empty((self._levels[-1], n), self.dtype)
         self._rows[self.width :] = -np.inf
         self._XXt = XXt.astype(self.dtype)
@@ -1343,7 +1407,7 @@ class _Scan(_Search):
             found.append(live)
         self.live, self._weights, self.signs = map(np.concatenate, zip(*found, strict=True))
         self.signs = self.signs.astype(float)
-        _lift_ancestors(self._rows, self._levels, np.arange(self.width))
+        _mend_ancestors(self._rows, self._levels, np.arange(self.width))
 
     def active(self):
         """The active sets, neurons by row, and the products of the active pairs."""
@@ -1358,10 +1422,11 @@ class _Scan(_Search):
         first_parent = self._levels[1] if len(self._levels) > 2 else 0
         moves, X = step.astype(self.dtype), self.X.astype(self.dtype)
         _move_leaves(self._rows, active, scale, moves, self._XXt, X, groups, starts, first_parent)
-        self.operations += active.points.size * len(self.X)
+        k, (n, d) = np.diff(active.offsets), self.X.shape
+        self.operations += int(np.where(2 * k <= d, k * n, (k + n) * d).sum())
         if first_parent:
             self.operations += groups.size * (FAN_OUT + 1) * len(self.X)
-            self.operations += _lift_ancestors(self._rows, self._levels, groups, level=1)
+            self.operations += _mend_ancestors(self._rows, self._levels, groups, level=1)
         self._sum += step
 
     def flipped(self, neurons, points, signs):
@@ -1407,7 +1472,7 @@ class _Scan(_Search):
 
 
 class _Tree(_Scan):
-    """Search trees over the products: O(n |K| (1 + log m)) [DHSWZ]."""
+    """Search trees over the products: O(n |K| (min(k, d) + log m)) [DHSWZ]."""
 
     height = 64  # all the levels there are
 
@@ -1427,6 +1492,7 @@ class _Scales(NamedTuple):
     """How data become unit rows, and targets come to have mean 0 and variance 1."""
 
     x_mean: np.ndarray
+    x_scale: float  # keeps squares of tiny and of huge entries in range
     lift: float  # the coordinate appended to every row; 0 for none
     y_mean: float
     y_scale: float
@@ -1435,19 +1501,25 @@ class _Scales(NamedTuple):
     @classmethod
     def of(cls, X, y, normalize):
         if normalize is None:
-            return cls(np.zeros(X.shape[1]), 0.0, 0.0, 1.0, False)
-        x_mean = X.mean(axis=0)
+            return cls(np.zeros(X.shape[1]), 1.0, 0.0, 0.0, 1.0, False)
+        x_mean, y_mean = X.mean(axis=0), y.mean()
+        x_scale = np.abs(X - x_mean).max() or 1.0
         # The root mean square length of the rows, so that direction and length of a row weigh alike.
-        lift = np.sqrt(np.mean(np.sum((X - x_mean) ** 2, axis=1))) or 1.0 if normalize == "lift" else 0.0
-        return cls(x_mean, lift, y.mean(), y.std() or 1.0, True)
+        lift = np.sqrt(np.mean(np.sum(((X - x_mean) / x_scale) ** 2, axis=1))) or 1.0 if normalize == "lift" else 0.0
+        constant = np.ptp(y) <= 8 * np.finfo(float).eps * np.abs(y).max()
+        return cls(x_mean, x_scale, lift, y_mean, 0.0 if constant else y.std(), True)
 
     def unit_rows(self, X):
         if not self.normalize:
             return _check_unit_rows(X.copy())
-        X = X - self.x_mean
+        X = (X - self.x_mean) / self.x_scale
         if self.lift:
             X = np.column_stack([X, np.full(len(X), self.lift)])
         return X / _check_row_lengths(X)
+
+    def targets(self, y):
+        """Targets to train on: zero where they are constant, whose deviations are rounding."""
+        return (y - self.y_mean) / self.y_scale if self.y_scale else np.zeros_like(y)
 
 
 class _Stopwatch:
@@ -1472,8 +1544,9 @@ class SublinearTrainer:
     shift : float or "auto", threshold b of the activation; "auto" is default_shift(width, alpha).
     alpha : float in [0, 1), for shift="auto".
     search : how active neurons are found; same network, same steps, other costs for each step.
-        "tree"   search trees over stored products, O(n |K| (1 + log m)) for |K| changed neurons: the paper.
-        "scan"   stored products, all compared: O(n m).
+        "tree"   search trees over stored products: the paper. O(n |K| (min(k, d) + log m)) for |K| changed neurons, each
+                 active on k points.
+        "scan"   stored products, all compared: O(n m + n |K| min(k, d)).
         "dense"  products anew: O(n m d).
     solver : how (G + damping I) g = f - y is solved.
         "cholesky"    exactly, from the Gram matrix.
@@ -1481,12 +1554,14 @@ class SublinearTrainer:
         "richardson"  the same with the paper's own iteration, which needs a larger sketch.
         "cg"          conjugate gradients, no preconditioner.
         "gradient"    g = (f - y) / ||G_0||: gradient descent.
-        The three in the middle stop at the relative tolerance of Algorithm 5, sqrt(lambda / n) / 6.
+        "sketch", "richardson" and "cg" stop at the relative tolerance of Algorithm 5, sqrt(lambda / n) / 6, which takes
+        the smallest eigenvalue of the kernel, O(n^3), once. Their steps differ between searches within that tolerance;
+        those of the exact solvers do not.
     sketch : "sparse", "srht" or "gaussian".
-    sketch_size : int, rows of the sketch; None is 8 n, or 64 n for "richardson".
+    sketch_size : int >= n, rows of the sketch; None is max(8 n, 4 d), with 64 n for "richardson".
     init : "antisymmetric", neurons in pairs (w, +1), (w, -1), so that f = 0 at the start; or "gaussian", independent
         signs as in the paper.
-    damping : float >= 0; 0 is the paper's pure step.
+    damping : float >= 0; 0 is the paper's pure step. "gradient" has no use for it.
     normalize : how the rows of X get length 1. "lift" centres the columns, appends a constant coordinate, so that
         parallel rows stay apart, and scales the rows; "rows" centres and scales; None takes X and y as they are and
         requires rows of length 1. Unless None, targets are centred and scaled too, and `predict` undoes it.
@@ -1494,7 +1569,8 @@ class SublinearTrainer:
         and stops near a residual of 1e-6; "float64" reaches 1e-9.
     tol : float, relative residual ||f - y|| / ||y|| at which training stops.
     max_iter : int, largest number of steps; 0 leaves the starting network.
-    random_state : None, int, numpy RandomState or Generator. The starting weights depend on it and on width alone.
+    random_state : None, int, numpy RandomState or Generator. The starting weights depend on it, on
+        init and on d alone; a wider network extends a narrower one.
     callback : called with each record of history_.
     verbose : 1 prints a line for each step.
 
@@ -1504,9 +1580,12 @@ class SublinearTrainer:
         after it), changed (|K|, neurons the step moved), flips (pairs that crossed the threshold), inner_iterations,
         damping, operations (multiply-adds, comparisons and moves of products), seconds, and seconds by phase:
         seconds_query, seconds_jacobian (Gram matrix or sketch), seconds_solve, seconds_update.
-    residual_, n_iter_, converged_, shift_, n_live_ (neurons active on some point at the start), init_seconds_, signs_.
+    residual_ (float), n_iter_ (int), converged_ (bool), shift_ (float), n_live_ (int, neurons active on some point at the
+        start), init_seconds_ (float), signs_ (m,).
 
-    Memory: "scan" and "tree" hold 1.07 n m products at most, "dense" m d weights.
+    Memory: "scan" and "tree" hold (1 + 1/15) n m products and the starting weights of live neurons, "dense" m d weights.
+    Costs: fit takes O(n m d) once, then for each step the search as above and the solver, O(n^3) for "cholesky". It raises
+    ValueError, TypeError or MemoryError on bad input, LinAlgError when the Gram matrix is singular and damping is zero.
     """
 
     def __init__(
@@ -1553,8 +1632,9 @@ class SublinearTrainer:
     def set_params(self, **params):
         """Sets constructor arguments by name."""
         known = self.get_params()
-        for name, value in params.items():
+        for name in params:
             _check_choice("parameter", name, known)
+        for name, value in params.items():
             setattr(self, name, value)
         return self
 
@@ -1563,21 +1643,23 @@ class SublinearTrainer:
         shift, seed = self._check_options()
         X = _check_matrix("X", X)
         y = _check_vector("y", y, size=len(X))
+        if self.sketch_size is not None and self.sketch_size < len(X) and self.solver in ("sketch", "richardson"):
+            raise ValueError(f"sketch_size must be at least the number {len(X)} of points, got {self.sketch_size}")
         begin = time.perf_counter()
         scales = _Scales.of(X, y, self.normalize)
-        X, y = scales.unit_rows(X), (y - scales.y_mean) / scales.y_scale
-        XXt = X @ X.T
+        X, y = scales.unit_rows(X), scales.targets(y)
+        with _serial_blas():
+            XXt = X @ X.T
         search = SEARCHES[self.search](X, XXt, shift, self.width, seed, self.init, self.dtype)
         # Nothing of this object has changed up to here, so that input that is refused leaves it as it was.
-        self._X, self._scales, self._search, self.shift_ = X, scales, search, shift
+        self._X, self._scales, self._search, self.shift_, self.history_ = X, scales, search, shift, []
         self._prepare_solver(seed)
         self.init_seconds_ = time.perf_counter() - begin
 
         y_norm = np.linalg.norm(y) or 1.0
         stopwatch = _Stopwatch()
-        outputs = self._look(stopwatch)
+        outputs = self._find_active(stopwatch)
         self.n_live_ = self._active.neurons.size
-        self.history_ = []
         self._record(np.linalg.norm(outputs - y) / y_norm, 0, 0, 0, stopwatch)
         while self.residual_ > self.tol and self.n_iter_ < self.max_iter:
             stopwatch = _Stopwatch()
@@ -1587,7 +1669,7 @@ class SublinearTrainer:
             self._search.move(self._active, self._signs, step)
             stopwatch.lap("seconds_update")
             before = self._active
-            outputs = self._look(stopwatch)
+            outputs = self._find_active(stopwatch)
             neurons, points, signs = _flips(before, self._active)
             self._search.flipped(neurons, points, signs)
             stopwatch.lap("seconds_query")
@@ -1605,7 +1687,11 @@ class SublinearTrainer:
         return self
 
     def predict(self, X):
-        """Outputs (k,) of the trained network at X (k, d)."""
+        """Outputs (k,) of the trained network at X (k, d), in the units of y.
+
+        O(k d n_live) with init="antisymmetric", whose dead neurons cancel, and O(k d m) with search="dense" or "gaussian",
+        which draws the starting weights again.
+        """
         self._check_fitted()
         X = _check_matrix("X", X)
         if X.shape[1] != self._scales.x_mean.size:
@@ -1613,13 +1699,19 @@ class SublinearTrainer:
         X = self._scales.unit_rows(X)
         outputs = np.zeros(len(X))
         for W, signs in self._search.trained_blocks():
-            outputs += np.maximum(X @ W.T - self.shift_, 0.0) @ signs
-        return outputs / np.sqrt(self._search.width) * self._scales.y_scale + self._scales.y_mean
+            for first in range(0, len(X), 1024):  # 1024 x BLOCK products at a time, 128 MB
+                rows = slice(first, first + 1024)
+                outputs[rows] += np.maximum(X[rows] @ W.T - self.shift_, 0.0) @ signs
+        return outputs / np.sqrt(self._search.width) * (self._scales.y_scale or 1.0) + self._scales.y_mean
 
     def score(self, X, y):
         """Coefficient of determination R^2 of predict(X) with respect to y."""
-        y = _check_vector("y", y)
-        return 1.0 - np.sum((y - self.predict(X)) ** 2) / np.sum((y - y.mean()) ** 2)
+        predicted = self.predict(X)
+        y = _check_vector("y", y, size=predicted.size)
+        spread = np.sum((y - y.mean()) ** 2)
+        if spread == 0:
+            raise ValueError("y must not be constant, since R^2 compares with its variance")
+        return float(1.0 - np.sum((y - predicted) ** 2) / spread)
 
     def weights(self):
         """Hidden weights now (m, d) float64; d counts the coordinate that normalize="lift" appends."""
@@ -1652,10 +1744,9 @@ class SublinearTrainer:
             ("sketch", SKETCHES),
             ("init", ("antisymmetric", "gaussian")),
             ("dtype", ("float32", "float64")),
+            ("normalize", ("lift", "rows", None)),
         ):
             _check_choice(name, getattr(self, name), known)
-        if self.normalize is not None:
-            _check_choice("normalize", self.normalize, ("lift", "rows"))
         if self.init == "antisymmetric" and self.width % 2:
             raise ValueError(f'init="antisymmetric" needs an even width, got {self.width}; use it +- 1, or init="gaussian"')
         if self.sketch_size is not None:
@@ -1678,11 +1769,11 @@ class SublinearTrainer:
         self._rate = None
         if self.solver in ("sketch", "richardson", "cg"):
             self._tolerance = _regression_tolerance(self._X, self.shift_)
-        default_size = (64 if self.solver == "richardson" else 8) * n
-        self._size = default_size if self.sketch_size is None else self.sketch_size
+        default = max((64 if self.solver == "richardson" else 8) * n, 4 * self._X.shape[1])
+        self._sketch_size = default if self.sketch_size is None else self.sketch_size
         self._rng = np.random.default_rng(seed)  # of the sketches
 
-    def _look(self, stopwatch):
+    def _find_active(self, stopwatch):
         """Finds the active sets of the network as it is now, and returns its outputs f (n,)."""
         self._active, values = self._search.active()
         self._signs = self._search.signs[self._active.neurons]
@@ -1701,7 +1792,7 @@ class SublinearTrainer:
             lap("seconds_solve")
             return self._rate * residual, 0
         solve = _solve_sketch if self.solver == "sketch" else _solve_richardson
-        return solve(J, residual, self.damping, self._tolerance, SKETCHES[self.sketch], self._size, self._rng, lap)
+        return solve(J, residual, self.damping, self._tolerance, SKETCHES[self.sketch], self._sketch_size, self._rng, lap)
 
     def _record(self, residual, changed, flips, inner_iterations, stopwatch):
         self.n_iter_ = len(self.history_)
@@ -1715,7 +1806,7 @@ class SublinearTrainer:
             "flips": flips,
             "inner_iterations": inner_iterations,
             "damping": float(self.damping),
-            "operations": self._search.operations - sum(past["operations"] for past in self.history_),
+            "operations": self._search.take_operations(),
             "seconds": sum(stopwatch.phases.values()),
             **stopwatch.phases,
         }
