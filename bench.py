@@ -4,9 +4,9 @@
     python bench.py --quick       a small version of it, under a minute
     python bench.py --plot-only   draws the figures again from the JSON files
 
-Every figure has a JSON of the same name beside it with all samples and the environment, and is drawn from it alone.
-Methods are compared before anything is timed; then they take turns, so that a change in the machine's speed meets all
-of them alike, and medians are reported.
+Samples and the environment go to plots/scaling.json and plots/digits.json, and the figures are drawn from them alone.
+The four methods are compared before they are timed; then they take turns, so that a change in the machine's speed meets
+all of them alike, and medians are reported.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numba
@@ -33,16 +34,24 @@ import matplotlib.pyplot as plt
 PLOTS = Path(__file__).resolve().parent / "plots"
 STEPS = 4  # steps of each timed run; the residual is at the rounding of float32 then
 
-# label, search, solver, colour (Okabe and Ito's palette), marker
+
+class Method(NamedTuple):
+    label: str
+    search: str
+    solver: str
+    colour: str  # of Okabe and Ito's palette
+    marker: str
+
+
 METHODS = {
-    "dense": ("dense", "dense", "cholesky", "#D55E00", "s"),
-    "scan": ("scan", "scan", "cholesky", "#E69F00", "^"),
-    "tree": ("tree", "tree", "cholesky", "#0072B2", "o"),
-    "tree+sketch": ("tree + sketch", "tree", "sketch", "#009E73", "D"),
+    "dense": Method("dense", "dense", "cholesky", "#D55E00", "s"),
+    "scan": Method("scan", "scan", "cholesky", "#E69F00", "^"),
+    "tree": Method("tree", "tree", "cholesky", "#0072B2", "o"),
+    "tree+sketch": Method("tree + sketch", "tree", "sketch", "#009E73", "D"),
 }
 PHASES = {  # label, colour
     "seconds_query": ("find active neurons, outputs", "#0072B2"),
-    "seconds_jacobian": ("Gram matrix", "#E69F00"),
+    "seconds_jacobian": ("Gram matrix or sketch", "#E69F00"),
     "seconds_solve": ("solve", "#000000"),
     "seconds_update": ("move weights or products", "#CC79A7"),
 }
@@ -94,21 +103,21 @@ def random_unit_data(n, d, seed=0):
 
 def train(method, X, y, width, **options):
     """A trained network of one of the METHODS, silent about not converging: the runs stop after a number of steps."""
-    _, search, solver, _, _ = METHODS[method]
+    search, solver = METHODS[method].search, METHODS[method].solver
     options = {"dtype": "float32", "normalize": None, "random_state": 0, "tol": 0.0, "max_iter": STEPS, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return sublin.SublinearTrainer(width, search=search, solver=solver, **options).fit(X, y)
 
 
-def check_agreement(X, y, width, methods):
+def check_agreement(X, y, width):
     """Refuses to time methods that do not take the same steps as dense Gauss-Newton in float64."""
     residuals = {
         name: np.array([record["residual"] for record in train(name, X, y, width, dtype="float64").history_])
-        for name in methods
+        for name in METHODS
     }
     for name, found in residuals.items():
-        exact = METHODS[name][2] == "cholesky"
+        exact = METHODS[name].solver == "cholesky"
         expected = residuals["dense"]
         # The sketched solver stops early on purpose: its steps agree to its tolerance, not to rounding.
         close = np.isclose(found, expected, rtol=1e-6, atol=1e-9) if exact else found <= 2.0 * expected + 1e-3
@@ -131,37 +140,47 @@ def plain_numpy_step(X, y, W, signs, shift):
     return W - active.T @ X
 
 
-def time_numpy(X, y, width, repeats):
-    """Seconds of the plain NumPy step, and of its first matrix product alone."""
-    start = train("dense", X, y, width, max_iter=0)
-    W, signs = start.weights().astype(np.float32), start.signs_.astype(np.float32)
-    X, y, shift = X.astype(np.float32), y.astype(np.float32), start.shift_
-    products = np.empty((len(X), width), np.float32)
-    samples = {"numpy": [], "matrix product": []}
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        plain_numpy_step(X, y, W, signs, shift)
-        middle = time.perf_counter()
-        np.matmul(X, W.T, out=products)
-        samples["numpy"].append(middle - begin)
-        samples["matrix product"].append(time.perf_counter() - middle)
-    return {name: {"seconds": values[1:]} for name, values in samples.items()}  # the first is a warm-up
+class NumpySteps:
+    """Times the plain NumPy step, and its first matrix product alone, from the starting weights."""
+
+    def __init__(self, X, y, width):
+        start = train("dense", X, y, width, max_iter=0)
+        self.W, self.signs = start.weights().astype(np.float32), start.signs_.astype(np.float32)
+        self.X, self.y, self.shift = X.astype(np.float32), y.astype(np.float32), start.shift_
+        self.products = np.empty((len(X), width), np.float32)
+
+    def time(self, steps):
+        samples = {"numpy": [], "matrix product": []}
+        for _ in range(steps):
+            begin = time.perf_counter()
+            plain_numpy_step(self.X, self.y, self.W, self.signs, self.shift)
+            middle = time.perf_counter()
+            np.matmul(self.X, self.W.T, out=self.products)
+            samples["numpy"].append({"seconds": middle - begin})
+            samples["matrix product"].append({"seconds": time.perf_counter() - middle})
+        return samples
 
 
-def measure_steps(n, d, widths, methods, repeats, progress):
-    """For each width and method, the records of all steps of `repeats` runs, the methods taking turns."""
+def measure_steps(n, d, widths, repeats, progress, with_numpy=False):
+    """For each width, the records of all steps of `repeats` runs of each method, the methods taking turns."""
     X, y = random_unit_data(n, d)
     cells = []
     for width in widths:
         cell = {"n": n, "d": d, "width": width, "methods": {}}
+        plain = NumpySteps(X, y, width) if with_numpy else None
         for turn in range(repeats + 1):
-            for name in methods:
+            for name in METHODS:
                 trainer = train(name, X, y, width)
-                steps = cell["methods"].setdefault(name, {"init_seconds": [], "steps": []})
+                samples = cell["methods"].setdefault(name, {"init_seconds": [], "steps": []})
                 if turn > 0:  # the first turn is a warm-up
-                    steps["init_seconds"].append(trainer.init_seconds_)
-                    steps["steps"] += trainer.history_[1:]
+                    samples["init_seconds"].append(trainer.init_seconds_)
+                    samples["steps"] += trainer.history_[1:]
+                del trainer
                 progress.add(n * width, f"n = {n}, width = {width}: {name}")
+            if plain:
+                for name, samples in plain.time(STEPS).items():
+                    if turn > 0:
+                        cell["methods"].setdefault(name, {"steps": []})["steps"] += samples
         cells.append(cell)
     return cells
 
@@ -185,31 +204,29 @@ def compile_seconds():
 
 
 def measure_scaling(quick):
-    """Steps over the width at n = 16, and the headline cases; returns the content of scaling.json."""
-    small = [1 << k for k in (range(10, 14) if quick else range(12, 21))]
-    headline = 1 << (14 if quick else 20)
+    """Steps over the width at n = 16, and one wide case at n = 64; returns the content of scaling.json."""
+    begin = time.perf_counter()
+    widths = [1 << k for k in (range(10, 14) if quick else range(10, 21))]
+    wide = 1 << (14 if quick else 20)
     repeats = 2 if quick else 4
-    for width in small[:3]:
-        check_agreement(*random_unit_data(16, 16), width, METHODS)
-    check_agreement(*random_unit_data(64, 32), headline >> 4, METHODS)
-    turns = (repeats + 1) * len(METHODS)
-    progress = Progress(turns * (16 * sum(small) + 64 * headline) + 64 * headline)
-    cells = measure_steps(16, 16, small, METHODS, repeats, progress)
-    cells += measure_steps(64, 32, [headline], METHODS, repeats, progress)
-    X, y = random_unit_data(64, 32)
-    cells[-1]["methods"] |= time_numpy(X, y, headline, repeats)
-    progress.add(64 * headline, "plain NumPy")
+    for width in (widths[0], widths[len(widths) // 2]):
+        check_agreement(*random_unit_data(16, 16), width)
+    check_agreement(*random_unit_data(64, 32), wide >> 4)
+    progress = Progress((repeats + 1) * len(METHODS) * (16 * sum(widths) + 64 * wide))
+    cells = measure_steps(16, 16, widths, repeats, progress)
+    cells += measure_steps(64, 32, [wide], repeats, progress, with_numpy=True)
     data = {"environment": environment(), "steps_per_run": STEPS, "dtype": "float32", "cells": cells}
     if not quick:
         print("compile time ...", file=sys.stderr)
         data["compile_seconds"] = compile_seconds()
-    return data
+    return {**data, "summary": summary(data), "seconds": time.perf_counter() - begin}
 
 
 def measure_digits(quick):
     """Residuals on scikit-learn's digits, odd against even, all 1797 points, for dense and tree."""
     from sklearn.datasets import load_digits
 
+    begin = time.perf_counter()
     X, labels = load_digits(return_X_y=True)
     X, width, tol = (X[:300], 1 << 12, 1e-2) if quick else (X, 1 << 15, 1e-6)
     y = np.where(labels[: len(X)] % 2, 1.0, -1.0)
@@ -234,6 +251,7 @@ def measure_digits(quick):
         "n_live": trainer.n_live_,
         "dtype": "float64",
         "runs": runs,
+        "seconds": time.perf_counter() - begin,
     }
 
 
@@ -252,30 +270,49 @@ def slope(widths, values):
 
 
 def summary(data):
-    """Slopes and ratios, for the figures and the README; also printed."""
-    cells = data["cells"]
-    sweep = [cell for cell in cells if cell["n"] == 16]
+    """Slopes and ratios of scaling.json, for the figures and the README."""
+    sweep, wide = [cell for cell in data["cells"] if cell["n"] == 16], data["cells"][-1]
     fitted = [cell for cell in sweep if cell["width"] >= 1 << 14] or sweep
-    widths = [cell["width"] for cell in fitted]
     slopes = {
         name: {
-            key: slope(widths, [median_over_steps(cell, name, key) for cell in fitted]) for key in ("seconds", "operations")
+            key: slope([cell["width"] for cell in fitted], [median_over_steps(cell, name, key) for cell in fitted])
+            for key in ("seconds", "operations")
         }
+        | {"last doubling": np.log2(np.divide(*[median_over_steps(cell, name, "seconds") for cell in sweep[:-3:-1]]))}
         for name in METHODS
     }
-    ratios = []
-    for cell in (sweep[-1], cells[-1]):
-        dense = median_over_steps(cell, "dense", "seconds")
-        row = {"n": cell["n"], "d": cell["d"], "width": cell["width"], "dense_ms": 1e3 * dense}
-        row |= {f"dense / {name}": dense / median_over_steps(cell, name, "seconds") for name in METHODS if name != "dense"}
-        for name in ("numpy", "matrix product"):
-            if name in cell["methods"]:
-                row[f"{name} / tree"] = np.median(cell["methods"][name]["seconds"]) / median_over_steps(
-                    cell, "tree", "seconds"
-                )
-                row[f"dense / {name}"] = dense / np.median(cell["methods"][name]["seconds"])
-        ratios.append(row)
-    return {"slopes": slopes, "fitted_from": widths[0], "ratios": ratios}
+    ratios = {}
+    for cell in (sweep[-1], wide):
+        milliseconds = {name: 1e3 * median_over_steps(cell, name, "seconds") for name in cell["methods"]}
+        case = f"n = {cell['n']}, d = {cell['d']}, m = {cell['width']}"
+        ratios[case] = {f"{name}, ms": value for name, value in milliseconds.items()}
+        ratios[case] |= {f"dense / {name}": milliseconds["dense"] / value for name, value in milliseconds.items()}
+    small = {
+        cell["width"]: median_over_steps(cell, "dense", "seconds") / median_over_steps(cell, "tree", "seconds")
+        for cell in sweep
+    }
+    return {"slopes": slopes, "ratios": ratios, "dense / tree at n = 16": small}
+
+
+def digits_summary(data):
+    """Steps, share of live neurons and time ratios of digits.json."""
+    runs = {name: [run for run in data["runs"] if run["method"] == name] for name in ("dense", "tree")}
+    parts = {
+        name: {
+            "init": np.median([run["init_seconds"] for run in found]),
+            **{phase: np.median([sum(step[phase] for step in run["history"]) for run in found]) for phase in PHASES},
+        }
+        for name, found in runs.items()
+    }
+    totals = {name: sum(part.values()) for name, part in parts.items()}
+    return {
+        "steps": len(runs["tree"][0]["history"]) - 1,
+        "live share": data["n_live"] / data["width"],
+        "seconds": parts,
+        "dense / tree": totals["dense"] / totals["tree"],
+        "dense / tree, search and update": (parts["dense"]["seconds_query"] + parts["dense"]["seconds_update"])
+        / (parts["tree"]["seconds_query"] + parts["tree"]["seconds_update"]),
+    }
 
 
 def style():
@@ -310,7 +347,7 @@ def draw_scaling(data, path):
     sweep = [cell for cell in data["cells"] if cell["n"] == 16]
     widths = np.array([cell["width"] for cell in sweep])
     slopes = data["summary"]["slopes"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.6), layout="constrained")
     for axis, key, unit in zip(axes, ("seconds", "operations"), (1e3, 1.0), strict=True):
         for name, (label, _, _, colour, marker) in METHODS.items():
             if key == "operations" and name == "tree+sketch":
@@ -323,14 +360,14 @@ def draw_scaling(data, path):
                     guide = values[-1] * (widths / widths[-1]) ** power
                     axis.plot(widths, guide, color="#777777", linestyle=dashes, linewidth=1.5, zorder=1)
         axis.plot([], [], color="#777777", linestyle="--", label="slope 1")
-        axis.plot([], [], color="#777777", linestyle=":", label="slope 0.76, the paper's exponent")
+        axis.plot([], [], color="#777777", linestyle=":", label="slope 0.76, the paper")
         axis.set_yscale("log")
-        axis.set_ylim(top=axis.get_ylim()[1] * 30)  # room for the legend
         width_axis(axis, widths)
-        axis.legend(fontsize=10, ncols=2, loc="upper left")
+        axis.legend(fontsize=10, loc="upper left")
+        axis.set_ylim(top=axis.get_ylim()[1] * (60 if key == "seconds" else 20))  # room for the legend
     axes[0].set_ylabel("milliseconds a step (median)")
     axes[0].set_title("Time of a Gauss-Newton step")
-    axes[1].set_ylabel("operations a step")
+    axes[1].set_ylabel("operations a step, without those of the solver")
     axes[1].set_title("Operations to search and update, counted")
     first = sweep[0]
     figure.suptitle(f"n = {first['n']} random unit points in d = {first['d']}, products in float32", fontsize=12)
@@ -352,14 +389,14 @@ def draw_phases(data, path):
             axis.bar(places, 100 * part, bottom=bottom, color=colour, label=label, width=0.8)
             bottom += 100 * part
         for place, total in zip(places, totals, strict=True):
-            axis.text(place, 101, f"{1e3 * total:#.2g}".rstrip("."), ha="center", fontsize=8)
+            if place % 2 == 0:
+                axis.text(place, 101, f"{1e3 * total:#.2g}".rstrip("."), ha="center", fontsize=10)
         axis.set_xticks(places[::2], [power_label(cell["width"]) for cell in sweep[::2]])
         axis.set_xlabel("width m")
         axis.set_title(METHODS[name][0], pad=16)
         axis.grid(False)
     axes[0].set_ylabel("share of a step's time (%)\nabove: milliseconds")
     handles, labels = axes[0].get_legend_handles_labels()
-    labels = ["Gram matrix or sketch" if label == "Gram matrix" else label for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10)
     figure.savefig(path)
     plt.close(figure)
@@ -383,9 +420,8 @@ def draw_digits(data, path):
     axes[0].set_xlabel("Gauss-Newton steps")
     axes[0].set_title("The same steps ...")
     axes[1].set_xlabel("seconds, initialisation included (median)")
-    axes[1].set_title("... in other times")
-    for axis in axes:
-        axis.legend()
+    axes[1].set_title("... in less time")
+    axes[0].legend()
     figure.suptitle(f"Digits, odd against even: n = {data['n']}, width {power_label(data['width'])}, float64", fontsize=12)
     figure.savefig(path)
     plt.close(figure)
@@ -393,25 +429,26 @@ def draw_digits(data, path):
 
 def write(name, data):
     PLOTS.mkdir(exist_ok=True)
-    (PLOTS / f"{name}.json").write_text(json.dumps(data, indent=1))
+    (PLOTS / f"{name}.json").write_text(json.dumps(data, indent=1, default=float))
 
 
 def read(name):
-    return json.loads((PLOTS / f"{name}.json").read_text())
+    path = PLOTS / f"{name}.json"
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; run bench.py without --plot-only first")
+    return json.loads(path.read_text())
 
 
 def draw_all(suffix):
+    """Draws every figure, and prints the numbers that the README quotes."""
     style()
     scaling, digits = read("scaling" + suffix), read("digits" + suffix)
     draw_scaling(scaling, PLOTS / f"scaling{suffix}.png")
     draw_phases(scaling, PLOTS / f"phases{suffix}.png")
     draw_digits(digits, PLOTS / f"digits{suffix}.png")
-    for name, found in scaling["summary"]["slopes"].items():
-        print(f"{name:12s} slope of seconds {found['seconds']:.2f}, of operations {found['operations']:.2f}")
-    for row in scaling["summary"]["ratios"]:
-        print(
-            "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} = {value}" for key, value in row.items())
-        )
+    for title, numbers in (("scaling", scaling["summary"]), ("digits", digits["summary"])):
+        print(f"{title}: {json.dumps(numbers, indent=1, default=float)}")
+    print(f"measured in {scaling['seconds'] + digits['seconds']:.0f} s; compile time {scaling.get('compile_seconds')}")
 
 
 def main():
@@ -421,12 +458,9 @@ def main():
     arguments = parser.parse_args()
     suffix = "-quick" if arguments.quick else ""  # never overwrites the real figures
     if not arguments.plot_only:
-        begin = time.perf_counter()
-        scaling = measure_scaling(arguments.quick)
-        scaling["summary"] = summary(scaling)
-        write("scaling" + suffix, scaling)
-        write("digits" + suffix, measure_digits(arguments.quick))
-        print(f"measured in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+        write("scaling" + suffix, measure_scaling(arguments.quick))
+        digits = measure_digits(arguments.quick)
+        write("digits" + suffix, {**digits, "summary": digits_summary(digits)})
     draw_all(suffix)
 
 

@@ -98,6 +98,19 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 # ======================================================================================================================
 
 
+def _run(kernel, work, *arguments):
+    """kernel(*arguments), on one thread if it touches fewer than 2^16 numbers.
+
+    To start and join the threads takes as long as that, and a whole slice of the scheduler if another program holds a core.
+    """
+    threads = numba.get_num_threads()
+    numba.set_num_threads(threads if work >= 1 << 16 else 1)
+    try:
+        return kernel(*arguments)
+    finally:
+        numba.set_num_threads(threads)
+
+
 @cache
 def _openblas_threads():
     """(getter, setter) of the number of threads, for each OpenBLAS in the wheels of NumPy and SciPy; else none."""
@@ -282,8 +295,9 @@ def _mend_ancestors(rows, levels, nodes, level=0):
     touched = 0
     for first_child, first_parent in zip(levels[level:-2], levels[level + 1 : -1], strict=True):
         nodes, _ = _parents(nodes)
-        _mend(rows, first_child, first_parent, nodes)
-        touched += nodes.size * (FAN_OUT + 1) * rows.shape[1]
+        work = nodes.size * (FAN_OUT + 1) * rows.shape[1]
+        _run(_mend, work, rows, first_child, first_parent, nodes)
+        touched += work
     return touched
 
 
@@ -361,10 +375,11 @@ def _query(rows, levels, low, high, tau):
     reached = np.arange((levels[-1] - levels[-2]) // FAN_OUT)
     touched = 0
     for first in levels[-2::-1]:
-        counts = _count_reaching(rows, first, reached, low, high, least)
+        work = reached.size * FAN_OUT * (high - low)
+        counts = _run(_count_reaching, work, rows, first, reached, low, high, least)
         reached, offsets = _reaching(reached, counts)
-        touched += counts.size * (high - low)
-    points, values = _report(rows, reached, offsets, low, high, least)
+        touched += work
+    points, values = _run(_report, reached.size * (high - low), rows, reached, offsets, low, high, least)
     return ActiveSets(reached, offsets, points), values, touched
 
 
@@ -674,7 +689,8 @@ class SparseJacobian(LinearOperator):
     def gram_times(self, v):
         """G v for v (n,), in at most O(nnz d) operations and O(n) memory."""
         v = _check_vector("v", v, size=len(self.X), reason="one for each row of X")
-        return _gram_times(self.X, self._XXt, self.active, v).sum(axis=0) / self.width
+        partial = _run(_gram_times, 8 * self.active.points.size, self.X, self._XXt, self.active, v)
+        return partial.sum(axis=0) / self.width
 
     def gram(self):
         """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i n Q_j|: O(n^2 + sum over r of |act(r)|^2).
@@ -683,7 +699,8 @@ class SparseJacobian(LinearOperator):
         """
         n = len(self.X)
         bands = max(numba.get_num_threads(), n * n >> 18)  # a band's counts stay in cache: 2 MB or less
-        return _gram(self._XXt, _coactivity(self.active, n, bands), self.width)
+        counts = _run(_coactivity, 8 * self.active.points.size, self.active, n, bands)
+        return _run(_gram, n * n, self._XXt, counts, self.width)
 
     @cached_property
     def _slots(self):
@@ -1309,7 +1326,8 @@ class _Search:
 
     def outputs(self, active, signs, values):
         """f (n,) from the active pairs, the signs of the active neurons and the products of the pairs."""
-        return _outputs(active, signs, values, self.shift, len(self.X)).sum(axis=0) / np.sqrt(self.width)
+        partial = _run(_outputs, 4 * values.size, active, signs, values, self.shift, len(self.X))
+        return partial.sum(axis=0) / np.sqrt(self.width)
 
 
 class _Dense(_Search):
@@ -1421,9 +1439,10 @@ class _Scan(_Search):
         groups, starts = _parents(active.neurons)
         first_parent = self._levels[1] if len(self._levels) > 2 else 0
         moves, X = step.astype(self.dtype), self.X.astype(self.dtype)
-        _move_leaves(self._rows, active, scale, moves, self._XXt, X, groups, starts, first_parent)
         k, (n, d) = np.diff(active.offsets), self.X.shape
-        self.operations += int(np.where(2 * k <= d, k * n, (k + n) * d).sum())
+        work = int(np.where(2 * k <= d, k * n, (k + n) * d).sum())
+        _run(_move_leaves, work, self._rows, active, scale, moves, self._XXt, X, groups, starts, first_parent)
+        self.operations += work
         if first_parent:
             self.operations += groups.size * (FAN_OUT + 1) * len(self.X)
             self.operations += _mend_ancestors(self._rows, self._levels, groups, level=1)
