@@ -1001,7 +1001,7 @@ def _solve_richardson(J, residual, damping, tolerance, sketch, size, rng, lap):
         if size_of_error > 1e6 * initial or (iterations % 50 == 0 and size_of_error >= best):
             raise np.linalg.LinAlgError(
                 f"the Richardson iteration does not converge with sketch_size={size}: M = R^T G R is too far from the "
-                'identity; use a larger sketch_size (64 n is usually enough) or solver="sketch"'
+                'identity; use a larger sketch_size (64 (n + 8) is usually enough) or solver="sketch"'
             )
         if iterations % 50 == 0:
             best = size_of_error
@@ -1525,8 +1525,9 @@ class _Scales(NamedTuple):
         x_scale = np.abs(X - x_mean).max() or 1.0
         # The root mean square length of the rows, so that direction and length of a row weigh alike.
         lift = np.sqrt(np.mean(np.sum(((X - x_mean) / x_scale) ** 2, axis=1))) or 1.0 if normalize == "lift" else 0.0
-        constant = np.ptp(y) <= 8 * np.finfo(float).eps * np.abs(y).max()
-        return cls(x_mean, x_scale, lift, y_mean, 0.0 if constant else y.std(), True)
+        spread = np.abs(y - y_mean).max()
+        constant = spread <= 8 * np.finfo(float).eps * np.abs(y).max()
+        return cls(x_mean, x_scale, lift, y_mean, 0.0 if constant else spread * np.std((y - y_mean) / spread), True)
 
     def unit_rows(self, X):
         if not self.normalize:
@@ -1577,7 +1578,7 @@ class SublinearTrainer:
         the smallest eigenvalue of the kernel, O(n^3), once. Their steps differ between searches within that tolerance;
         those of the exact solvers do not.
     sketch : "sparse", "srht" or "gaussian".
-    sketch_size : int >= n, rows of the sketch; None is max(8 n, 4 d), with 64 n for "richardson".
+    sketch_size : int >= n, rows of the sketch; None is max(8 n, 4 d), with 64 (n + 8) for "richardson".
     init : "antisymmetric", neurons in pairs (w, +1), (w, -1), so that f = 0 at the start; or "gaussian", independent
         signs as in the paper.
     damping : float >= 0; 0 is the paper's pure step. "gradient" has no use for it.
@@ -1788,7 +1789,7 @@ class SublinearTrainer:
         self._rate = None
         if self.solver in ("sketch", "richardson", "cg"):
             self._tolerance = _regression_tolerance(self._X, self.shift_)
-        default = max((64 if self.solver == "richardson" else 8) * n, 4 * self._X.shape[1])
+        default = max(64 * (n + 8) if self.solver == "richardson" else 8 * n, 4 * self._X.shape[1])
         self._sketch_size = default if self.sketch_size is None else self.sketch_size
         self._rng = np.random.default_rng(seed)  # of the sketches
 
