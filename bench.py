@@ -363,8 +363,7 @@ def draw_scaling(data, path):
         axis.plot([], [], color="#777777", linestyle=":", label="slope 0.76, the paper")
         axis.set_yscale("log")
         width_axis(axis, widths)
-        axis.legend(fontsize=10, loc="upper left")
-        axis.set_ylim(top=axis.get_ylim()[1] * (60 if key == "seconds" else 20))  # room for the legend
+        axis.legend(fontsize=10, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     axes[0].set_ylabel("milliseconds a step (median)")
     axes[0].set_title("Time of a Gauss-Newton step")
     axes[1].set_ylabel("operations a step, without those of the solver")
