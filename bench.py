@@ -366,7 +366,7 @@ def draw_scaling(data, path):
         axis.legend(fontsize=10, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     axes[0].set_ylabel("milliseconds a step (median)")
     axes[0].set_title("Time of a Gauss-Newton step")
-    axes[1].set_ylabel("operations a step, without those of the solver")
+    axes[1].set_ylabel("operations a step, solver aside")
     axes[1].set_title("Operations to search and update, counted")
     first = sweep[0]
     figure.suptitle(f"n = {first['n']} random unit points in d = {first['d']}, products in float32", fontsize=12)
