@@ -4,7 +4,7 @@
     python bench.py --quick       a small version of it, under a minute
     python bench.py --plot-only   draws the figures again from the JSON files
 
-Samples and the environment go to plots/scaling.json and plots/digits.json, and the figures are drawn from them alone.
+Every figure has a JSON beside it with the samples and the environment, and is drawn from it alone.
 The four methods are compared before they are timed; then they take turns, so that a change in the machine's speed meets
 all of them alike, and medians are reported.
 """
@@ -222,6 +222,22 @@ def measure_scaling(quick):
     return {**data, "summary": summary(data), "seconds": time.perf_counter() - begin}
 
 
+def phases_of(scaling):
+    """The seconds by phase of every step at n = 16: the content of phases.json."""
+    cells = [
+        {
+            "width": cell["width"],
+            "methods": {
+                name: {"steps": [{phase: step[phase] for phase in PHASES} for step in samples["steps"]]}
+                for name, samples in cell["methods"].items()
+            },
+        }
+        for cell in scaling["cells"]
+        if cell["n"] == 16
+    ]
+    return {"environment": scaling["environment"], "n": 16, "d": 16, "dtype": scaling["dtype"], "cells": cells}
+
+
 def measure_digits(quick):
     """Residuals on scikit-learn's digits, odd against even, all 1797 points, for dense and tree."""
     from sklearn.datasets import load_digits
@@ -376,8 +392,7 @@ def draw_scaling(data, path):
 
 def draw_phases(data, path):
     """Where a step's time goes: shares by phase, with the total above each bar."""
-    sweep = [cell for cell in data["cells"] if cell["n"] == 16]
-    names = list(METHODS)
+    sweep, names = data["cells"], list(METHODS)
     figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 4.6), sharey=True, layout="constrained")
     for axis, name in zip(axes, names, strict=True):
         places = np.arange(len(sweep))
@@ -443,7 +458,7 @@ def draw_all(suffix):
     style()
     scaling, digits = read("scaling" + suffix), read("digits" + suffix)
     draw_scaling(scaling, PLOTS / f"scaling{suffix}.png")
-    draw_phases(scaling, PLOTS / f"phases{suffix}.png")
+    draw_phases(read("phases" + suffix), PLOTS / f"phases{suffix}.png")
     draw_digits(digits, PLOTS / f"digits{suffix}.png")
     for title, numbers in (("scaling", scaling["summary"]), ("digits", digits["summary"])):
         print(f"{title}: {json.dumps(numbers, indent=1, default=float)}")
@@ -457,7 +472,9 @@ def main():
     arguments = parser.parse_args()
     suffix = "-quick" if arguments.quick else ""  # never overwrites the real figures
     if not arguments.plot_only:
-        write("scaling" + suffix, measure_scaling(arguments.quick))
+        scaling = measure_scaling(arguments.quick)
+        write("scaling" + suffix, scaling)
+        write("phases" + suffix, phases_of(scaling))
         digits = measure_digits(arguments.quick)
         write("digits" + suffix, {**digits, "summary": digits_summary(digits)})
     draw_all(suffix)

@@ -226,11 +226,11 @@ def _starting_blocks(seed, width, d, init, work):
 #     rows  6-9      [2 8]       [3 1]       [7 1]       [--]              [--] is padding, -inf
 #     rows  0-5      [2 0] [1 8] [3 1] [0 0] [7 1] [--]                    leaves: neurons 0 to 4
 #
-# Why this layout: per step at n = 64, d = 32, m = 2^20 (2 cores, medians) moving the changed leaves, mending their
-# ancestors and reporting the active ones took 28 ms with a fan-out of 16 and all trees in a row as here, against 33 ms
-# with the 16 siblings of one tree in a cache line. Maxima are whole vectors here, and neurons come out in order; a query
-# of a single tree pays for it by touching a cache line for every sibling. Fan-outs 8 and 32 took 1.1 and 1.4 times as
-# long in the first design tried, and a binary tree would hold 2 n m numbers instead of 1.07 n m.
+# Why this layout: at n = 64, d = 32, m = 2^20 (2 cores, medians) finding the active leaves, moving the changed ones and
+# mending their ancestors took 26 ms with all trees in a row as here, and 35 ms with the 16 siblings of one tree in a cache
+# line. Maxima are whole vectors here, and neurons come out in order; a query of a single tree pays for it by touching a
+# cache line for every sibling. Fan-outs 8, 16 and 32 took 58, 57 and 69 ms in an earlier version with cache lines. A
+# binary tree would hold 2 n m numbers instead of 1.07 n m.
 
 FAN_OUT = 16
 
@@ -1276,7 +1276,7 @@ def _move_leaves(rows, active, scale, step, XXt, X, groups, starts, first_parent
     Through rows of X X^T, without d, if k = |act(r)| is small: k n operations against (k + n) d through dw_r. Rows of X
     are the shorter ones to read, hence d / 2: with n = 1797, d = 65 it takes 63 ms, 72 with d, 314 without a limit.
     Groups of siblings hold active.neurons[starts[p]:starts[p + 1]], and if first_parent > 0 their parents are mended
-    while the group is in cache: 9 ms instead of 11 at n = 64, m = 2^20.
+    while the group is in cache: 7 ms instead of 11 at n = 64, m = 2^20.
     """
     n, d = X.shape
     for chunk in prange(CHUNKS):
