@@ -1298,6 +1298,16 @@ def _move_leaves(rows, active, scale, step, XXt, X, groups, starts, first_parent
                 _set_maximum(rows, groups[p] * FAN_OUT, first_parent + groups[p])
 
 
+@njit(cache=True)
+def _move_cost(offsets, n, d):
+    """Multiply-adds of _move_leaves."""
+    cost = 0
+    for q in range(offsets.size - 1):
+        k = offsets[q + 1] - offsets[q]
+        cost += k * n if 2 * k <= d else (k + n) * d
+    return cost
+
+
 class _Search:
     """What the three searches share.
 
@@ -1439,8 +1449,7 @@ class _Scan(_Search):
         groups, starts = _parents(active.neurons)
         first_parent = self._levels[1] if len(self._levels) > 2 else 0
         moves, X = step.astype(self.dtype), self.X.astype(self.dtype)
-        k, (n, d) = np.diff(active.offsets), self.X.shape
-        work = int(np.where(2 * k <= d, k * n, (k + n) * d).sum())
+        work = _move_cost(active.offsets, *X.shape)
         _run(_move_leaves, work, self._rows, active, scale, moves, self._XXt, X, groups, starts, first_parent)
         self.operations += work
         if first_parent:
