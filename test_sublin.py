@@ -3,7 +3,7 @@
 Tests marked `core` are small enough to run interpreted, and are the ones to repeat with bounds checks:
 
     NUMBA_DISABLE_JIT=1 python -m pytest -m core
-    NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/boundscheck python -m pytest -m core
+    NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=.boundscheck python -m pytest -m core
 """
 
 import re
