@@ -658,7 +658,7 @@ class SparseJacobian(LinearOperator):
     """
 
     def __init__(self, X, signs, indptr, indices):
-        X = _check_matrix("X", X)
+        X = _check_matrix("X", X).copy()  # X X^T is kept, so X must not change under it
         signs = _check_signs(signs)
         active = _by_neuron(*_check_csr(indptr, indices, len(X), signs.size))
         self._bind(X, X @ X.T, signs[active.neurons], signs.size, active)

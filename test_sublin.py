@@ -682,7 +682,7 @@ def test_float32_follows_the_dense_float64_loop(search):
 @pytest.mark.parametrize("width", [sublin.BLOCK, sublin.BLOCK + 6, 2 * sublin.BLOCK + 2])
 def test_networks_of_several_blocks_retrace_the_dense_loop(search, init, width):
     X, y = problem(5, 4)
-    fitted = trainer(width, search=search, init=init, max_iter=4).fit(X, y)
+    fitted = trainer(width, search=search, init=init, shift=0.5, max_iter=4).fit(X, y)  # enough pairs for all threads
     assert fitted.residual_ < 1e-3
     assert_retraces_the_dense_loop(X, y, fitted)
     assert_consistent(X, fitted)
@@ -764,7 +764,7 @@ def test_any_number_of_threads_gives_the_same_bits(search, solver):
     for threads in (1, most):
         numba.set_num_threads(threads)
         try:
-            runs.append(trainer(sublin.BLOCK + 2, search=search, solver=solver).fit(X, y))
+            runs.append(trainer(sublin.BLOCK + 2, search=search, solver=solver, shift=0.5, max_iter=3).fit(X, y))
         finally:
             numba.set_num_threads(most)
     np.testing.assert_array_equal(residuals_of(runs[0]), residuals_of(runs[1]))
