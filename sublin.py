@@ -47,8 +47,8 @@ Further references
              Networks", NeurIPS 2019.
     [Tro11]  J. Tropp, "Improved Analysis of the Subsampled Randomized Hadamard Transform", 2011.
 
-The sections follow the data: problem, trees, active sets and Jacobian, sketches, solvers, kernel theory, input checks,
-searches, trainer.
+The sections follow the data: threads, problem, trees, active sets and Jacobian, sketches, solvers, kernel theory, input
+checks, searches, trainer.
 """
 
 import ctypes
@@ -488,13 +488,16 @@ class MaxTrees:
 # ======================================================================================================================
 
 
+def _grouped(neurons, points):
+    """ActiveSets of pairs (neuron, point) in ascending order."""
+    starts = np.flatnonzero(np.diff(neurons, prepend=-1))
+    return ActiveSets(neurons[starts], np.append(starts, neurons.size), points)
+
+
 def _by_neuron(indptr, indices):
     """ActiveSets of pairs given in CSR by point."""
     order = np.argsort(indices, kind="stable")
-    columns = indices[order]
-    points = np.repeat(np.arange(indptr.size - 1), np.diff(indptr))[order]
-    starts = np.flatnonzero(np.diff(columns, prepend=-1))
-    return ActiveSets(columns[starts], np.append(starts, columns.size), points)
+    return _grouped(indices[order], np.repeat(np.arange(indptr.size - 1), np.diff(indptr))[order])
 
 
 @njit(cache=True)
@@ -509,11 +512,8 @@ def _flips(old, new):
         neuron = old.neurons[p] if in_old else new.neurons[q]
         e, e_end = (old.offsets[p], old.offsets[p + 1]) if in_old else (0, 0)
         h, h_end = (new.offsets[q], new.offsets[q + 1]) if in_new else (0, 0)
-        while e < e_end and h < h_end and old.points[e] == new.points[h]:  # nearly all pairs
-            e += 1
-            h += 1
         while e < e_end or h < h_end:
-            if e < e_end and h < h_end and old.points[e] == new.points[h]:
+            if e < e_end and h < h_end and old.points[e] == new.points[h]:  # nearly all pairs
                 e += 1
                 h += 1
                 continue
@@ -522,10 +522,8 @@ def _flips(old, new):
             points[found] = new.points[h] if woke else old.points[e]
             signs[found] = 1 if woke else -1
             found += 1
-            if woke:
-                h += 1
-            else:
-                e += 1
+            h += woke
+            e += not woke
         p += in_old
         q += in_new
     return neurons[:found].copy(), points[:found].copy(), signs[:found].copy()
@@ -689,8 +687,8 @@ class SparseJacobian(LinearOperator):
     def gram_times(self, v):
         """G v for v (n,), in at most O(nnz d) operations and O(n) memory."""
         v = _check_vector("v", v, size=len(self.X), reason="one for each row of X")
-        partial = _run(_gram_times, 8 * self.active.points.size, self.X, self._XXt, self.active, v)
-        return partial.sum(axis=0) / self.width
+        sums = _run(_gram_times, 8 * self.active.points.size, self.X, self._XXt, self.active, v)
+        return sums.sum(axis=0) / self.width
 
     def gram(self):
         """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i n Q_j|: O(n^2 + sum over r of |act(r)|^2).
@@ -1321,6 +1319,7 @@ class _Search:
         self.X, self.shift, self.width, self.init = X, shift, width, init
         self.draw = partial(_starting_blocks, seed, width, X.shape[1], init)
         self.dtype = np.dtype(dtype)
+        self.cast_X = X.astype(self.dtype)
         self.operations = 0
         self.least_active = _least_at_or_above(shift, self.dtype)
         self._allocate(XXt)
@@ -1336,8 +1335,8 @@ class _Search:
 
     def outputs(self, active, signs, values):
         """f (n,) from the active pairs, the signs of the active neurons and the products of the pairs."""
-        partial = _run(_outputs, 4 * values.size, active, signs, values, self.shift, len(self.X))
-        return partial.sum(axis=0) / np.sqrt(self.width)
+        sums = _run(_outputs, 4 * values.size, active, signs, values, self.shift, len(self.X))
+        return sums.sum(axis=0) / np.sqrt(self.width)
 
 
 class _Dense(_Search):
@@ -1358,27 +1357,24 @@ class _Dense(_Search):
 
     def active(self):
         """The active sets, and the products of the active pairs."""
-        X = self.X.astype(self.dtype).T
         found = []
         # BLAS on all cores where that pays: at n = d = 16 a step takes 43 ms with it and 34 ms without at m = 2^20, and
         # 8 and 1.6 ms at m = 2^14; at n = 64, d = 32, m = 2^20 it takes 183 and 200 ms.
-        with nullcontext() if self.width * X.size >= 1 << 29 else _serial_blas():
+        with nullcontext() if self.width * self.X.size >= 1 << 29 else _serial_blas():
             for first in range(0, self.width, BLOCK):
-                products = self.W[first : first + BLOCK] @ X
+                products = self.W[first : first + BLOCK] @ self.cast_X.T
                 pairs = np.flatnonzero(products >= self.least_active)  # of a flat mask: twice as fast as np.nonzero
                 found.append((pairs + first * len(self.X), products.ravel()[pairs]))
         pairs, values = map(np.concatenate, zip(*found, strict=True))
-        neurons, points = np.divmod(pairs, len(self.X))
-        starts = np.flatnonzero(np.diff(neurons, prepend=-1))
         self.operations += self.width * len(self.X) * (self.X.shape[1] + 1)
-        return ActiveSets(neurons[starts], np.append(starts, neurons.size), points), values
+        return _grouped(*np.divmod(pairs, len(self.X))), values
 
     def move(self, active, signs, step):
         """W <- W - J^T step."""
         data = np.repeat(signs, np.diff(active.offsets)) * step[active.points] / np.sqrt(self.width)
         shape = (active.neurons.size, len(self.X))
         coefficients = scipy.sparse.csr_matrix((data.astype(self.dtype), active.points, active.offsets), shape=shape)
-        self.W[active.neurons] -= coefficients @ self.X.astype(self.dtype)
+        self.W[active.neurons] -= coefficients @ self.cast_X
         self.operations += active.points.size * self.X.shape[1]
 
     def original(self, active):
@@ -1409,8 +1405,8 @@ class _Scan(_Search):
 
     def _allocate(self, XXt):
         n = len(self.X)
-        _check_memory(f"products of {n} points and {self.width} neurons", n * self.width * self.dtype.itemsize)
         self._levels = _levels(self.width)[: self.height + 1]
+        _check_memory(f"products of {n} points and {self.width} neurons", n * int(self._levels[-1]) * self.dtype.itemsize)
         self._rows = np.empty((self._levels[-1], n), self.dtype)
         self._rows[self.width :] = -np.inf
         self._XXt = XXt.astype(self.dtype)
@@ -1418,10 +1414,8 @@ class _Scan(_Search):
         self._flips = []
 
     def _start(self):
-        X = self.X.astype(self.dtype).T
-
         def products_of(first, W, signs):
-            products = W.astype(self.dtype, copy=False) @ X
+            products = W.astype(self.dtype, copy=False) @ self.cast_X.T
             fires = (products >= self.least_active).any(axis=1)
             live = np.flatnonzero(fires)
             return first + live, W[live], signs[live], products[live], products[~fires]
@@ -1448,9 +1442,9 @@ class _Scan(_Search):
         scale = (signs / -np.sqrt(self.width)).astype(self.dtype)
         groups, starts = _parents(active.neurons)
         first_parent = self._levels[1] if len(self._levels) > 2 else 0
-        moves, X = step.astype(self.dtype), self.X.astype(self.dtype)
-        work = _move_cost(active.offsets, *X.shape)
-        _run(_move_leaves, work, self._rows, active, scale, moves, self._XXt, X, groups, starts, first_parent)
+        work = _move_cost(active.offsets, *self.X.shape)
+        vectors = scale, step.astype(self.dtype), self._XXt, self.cast_X
+        _run(_move_leaves, work, self._rows, active, *vectors, groups, starts, first_parent)
         self.operations += work
         if first_parent:
             self.operations += groups.size * (FAN_OUT + 1) * len(self.X)
@@ -1569,7 +1563,7 @@ class SublinearTrainer:
 
     Parameters
     ----------
-    width : int, number m of neurons; even if init is "antisymmetric".
+    width : int, number m of neurons, which must be even with init="antisymmetric".
     shift : float or "auto", threshold b of the activation; "auto" is default_shift(width, alpha).
     alpha : float in [0, 1), for shift="auto".
     search : how active neurons are found; same network, same steps, other costs for each step.
