@@ -110,11 +110,11 @@ def train(method, X, y, width, **options):
         return sublin.SublinearTrainer(width, search=search, solver=solver, **options).fit(X, y)
 
 
-def check_agreement(X, y, width):
+def check_agreement(X, y, width, methods=tuple(METHODS), **options):
     """Refuses to time methods that do not take the same steps as dense Gauss-Newton in float64."""
     residuals = {
-        name: np.array([record["residual"] for record in train(name, X, y, width, dtype="float64").history_])
-        for name in METHODS
+        name: np.array([record["residual"] for record in train(name, X, y, width, dtype="float64", **options).history_])
+        for name in methods
     }
     for name, found in residuals.items():
         exact = METHODS[name].solver == "cholesky"
@@ -248,6 +248,7 @@ def measure_digits(quick):
     y = np.where(labels[: len(X)] % 2, 1.0, -1.0)
     runs = []
     turns = 1 if quick else 3
+    check_agreement(X, y, width, ("dense", "tree"), normalize="lift", max_iter=2)
     progress = Progress(2 * turns)
     for _ in range(turns):
         for name in ("dense", "tree"):

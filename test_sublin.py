@@ -737,6 +737,27 @@ def test_a_wider_network_extends_a_narrower_one(init):
 
 
 @core
+@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
+def test_starting_weights_are_philox_keyed_by_seed_and_block_and_signs_a_stream_of_their_own(init):
+    seed, width = 7, sublin.BLOCK + 6
+
+    def philox(block, stream):
+        key = np.array([seed, block], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
+
+    W, signs, _ = start(*problem(2, 3), width, init=init, random_state=seed)
+    for block, count in ((0, sublin.BLOCK), (1, 6)):
+        rows = slice(block * sublin.BLOCK, block * sublin.BLOCK + count)
+        draws = count if init == "gaussian" else count // 2
+        normals = philox(block, 0).standard_normal((draws, 3), dtype=np.float32)
+        expected_signs = (
+            [1, -1] * draws if init == "antisymmetric" else 2 * philox(block, 1).integers(0, 2, count, np.int8) - 1
+        )
+        np.testing.assert_array_equal(W[rows], np.repeat(normals, count // draws, axis=0))
+        np.testing.assert_array_equal(signs[rows], expected_signs)
+
+
+@core
 def test_antisymmetric_start_is_pairs_of_opposite_sign_and_output_zero():
     X, y = problem(4, 3)
     W, signs, _ = start(X, y, 300)
