@@ -174,11 +174,12 @@ def separability(X):
     return float(least)
 
 
-def _starting_block(seed, block, count, d, init):
-    """Starting weights (count, d) float32 and signs (count,) int8 of the neurons from block * BLOCK on.
+def _starting_vectors(seed, block, count, d, init):
+    """Starting vectors (float32) and signs (int8) of the `count` neurons from block * BLOCK on.
 
     The generator is keyed by seed and block and keeps no other state, so any block can be made again, alone, on any
-    thread. "antisymmetric" draws every vector once, for the two neurons 2k and 2k + 1 with signs +1 and -1.
+    thread. "antisymmetric" draws every vector once, for the two neurons 2k and 2k + 1 with signs +1 and -1: half as many
+    vectors as signs.
     """
 
     def stream(number):
@@ -186,20 +187,19 @@ def _starting_block(seed, block, count, d, init):
         return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, number]))
 
     if init == "antisymmetric":
-        pairs = stream(0).standard_normal((count // 2, d), dtype=np.float32)
-        return np.repeat(pairs, 2, axis=0), np.tile(np.array([1, -1], dtype=np.int8), count // 2)
+        return stream(0).standard_normal((count // 2, d), dtype=np.float32), np.tile(np.array([1, -1], np.int8), count // 2)
     signs = 2 * stream(1).integers(0, 2, count, dtype=np.int8) - 1
     return stream(0).standard_normal((count, d), dtype=np.float32), signs
 
 
 def _starting_blocks(seed, width, d, init, work):
-    """Yields work(first neuron, weights, signs) block by block; threads draw and work on a few blocks ahead.
+    """Yields work(first neuron, vectors, signs) block by block; threads draw and work on a few blocks ahead.
 
     Work is done with BLAS on one thread, so that the blocks share the cores evenly and the bits depend on nothing else.
     """
 
     def draw_and_work(first):
-        return work(first, *_starting_block(seed, first // BLOCK, min(BLOCK, width - first), d, init))
+        return work(first, *_starting_vectors(seed, first // BLOCK, min(BLOCK, width - first), d, init))
 
     threads = numba.get_num_threads()
     with _serial_blas(), ThreadPoolExecutor(threads) as pool:
@@ -210,6 +210,11 @@ def _starting_blocks(seed, width, d, init, work):
                 yield ahead.popleft().result()
         for done in ahead:
             yield done.result()
+
+
+def _for_each_neuron(work):
+    """The same work for _starting_blocks, given a row of weights for every neuron."""
+    return lambda first, vectors, signs: work(first, np.repeat(vectors, signs.size // len(vectors), axis=0), signs)
 
 
 # ======================================================================================================================
@@ -368,8 +373,9 @@ def _least_at_or_above(tau, dtype):
 def _query(rows, levels, low, high, tau):
     """Algorithm 4 for the trees low, ..., high - 1 at once: descend from the top into every group that reaches tau.
 
-    Returns the active sets, the products of the active pairs and the number of nodes touched, which for one tree is at
-    most FAN_OUT times max(1, reported leaves) times (levels).  Given levels of height one it compares every leaf.
+    Returns the active sets, the products of the active pairs, the number of nodes touched, which for one tree is at
+    most FAN_OUT times max(1, reported leaves) times (levels), and that of neurons whose leaves were.  Given levels of
+    height one it compares every leaf.
     """
     least = _least_at_or_above(tau, rows.dtype)
     reached = np.arange((levels[-1] - levels[-2]) // FAN_OUT)
@@ -380,7 +386,7 @@ def _query(rows, levels, low, high, tau):
         reached, offsets = _reaching(reached, counts)
         touched += work
     points, values = _run(_report, reached.size * (high - low), rows, reached, offsets, low, high, least)
-    return ActiveSets(reached, offsets, points), values, touched
+    return ActiveSets(reached, offsets, points), values, touched, counts.size
 
 
 @njit(cache=True)
@@ -432,7 +438,7 @@ class MaxTrees:
     def query(self, i, tau):
         """Algorithm 4: ascending int64 indices j with <w_j, x_i> >= tau, k of them, in O((1 + k) log m)."""
         i = _check_index("i", i, len(self.X))
-        active, _, touched = _query(self._rows, self._levels, i, i + 1, _check_threshold(tau))
+        active, _, touched, _ = _query(self._rows, self._levels, i, i + 1, _check_threshold(tau))
         self.touched += touched
         return active.neurons
 
@@ -442,7 +448,7 @@ class MaxTrees:
         A group of siblings is read for all points as soon as one of them reaches tau there: O(n (1 + |K|) log m) for
         the set K of reported neurons.
         """
-        active, _, touched = _query(self._rows, self._levels, 0, len(self.X), _check_threshold(tau))
+        active, _, touched, _ = _query(self._rows, self._levels, 0, len(self.X), _check_threshold(tau))
         self.touched += touched
         return _by_point(active, len(self.X))
 
@@ -613,7 +619,7 @@ def _coactivity(active, n, bands):
 
     Each of the bands of rows is counted by one thread, which passes over all neurons for it, so no count is shared.
     """
-    counts = np.zeros((n, n), np.int64)
+    counts = np.zeros((n, n), np.int32)
     for band in prange(bands):
         low, high = int(n * np.sqrt(band / bands)), int(n * np.sqrt((band + 1) / bands))  # equal shares of the triangle
         for q in range(active.neurons.size):
@@ -637,6 +643,11 @@ def _gram(XXt, counts, width):
         for j in range(i + 1):
             gram[i, j] = gram[j, i] = XXt[i, j] * counts[i, j] / width
     return gram
+
+
+def _coactivity_of(active, n):
+    bands = max(numba.get_num_threads(), n * n >> 19)  # a band's counts stay in cache: 2 MB or less
+    return _run(_coactivity, 8 * active.points.size, active, n, bands)
 
 
 class SparseJacobian(LinearOperator):
@@ -693,12 +704,14 @@ class SparseJacobian(LinearOperator):
     def gram(self):
         """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i n Q_j|: O(n^2 + sum over r of |act(r)|^2).
 
-        Beyond n = 700 the counts are made in n^2 / 2^18 bands, and every band passes over the active sets once more.
+        Beyond n = 1000 the counts are made in n^2 / 2^19 bands, and every band passes over the active sets once more.
         """
-        n = len(self.X)
-        bands = max(numba.get_num_threads(), n * n >> 18)  # a band's counts stay in cache: 2 MB or less
-        counts = _run(_coactivity, 8 * self.active.points.size, self.active, n, bands)
-        return _run(_gram, n * n, self._XXt, counts, self.width)
+        counts = _coactivity_of(self.active, len(self.X))
+        return _run(_gram, counts.size, self._XXt, counts, self.width)
+
+    def active_counts(self):
+        """|Q_i| for every point (n,)."""
+        return np.bincount(self.active.points, minlength=len(self.X))
 
     @cached_property
     def _slots(self):
@@ -898,7 +911,8 @@ def _solve_cholesky(J, residual, damping, lap):
     """Exactly, from the Gram matrix and its Cholesky factor [CGH+19]: O(n^3) after the Gram matrix."""
     G = J.gram()
     lap("seconds_jacobian")
-    G[np.diag_indices_from(G)] += damping
+    if damping > 0:
+        G = G + damping * np.eye(len(G))
     try:
         factor = scipy.linalg.cho_factor(G, lower=True, check_finite=False)
     except np.linalg.LinAlgError:
@@ -1015,13 +1029,13 @@ def _gradient_rate(J):
 
 
 def _check_all_fire(J, damping):
-    if damping == 0 and np.bincount(J.active.points, minlength=len(J.X)).min() == 0:
+    if damping == 0 and J.active_counts().min() == 0:
         raise _singular_error(J)
 
 
 def _singular_error(J, otherwise=""):
     """LinAlgError that says why the Gram matrix is singular and what to do; or `otherwise`, if that is not certain."""
-    silent = np.flatnonzero(np.bincount(J.active.points, minlength=len(J.X)) == 0)
+    silent = np.flatnonzero(J.active_counts() == 0)
     twins = np.argwhere(np.tril(J._XXt, -1) > 1 - 1e-12)
     if silent.size:
         cause = f"{silent.size} of {len(J.X)} points have no active neuron, the first is point {silent[0]}"
@@ -1260,6 +1274,380 @@ def _seed(random_state):
 
 
 # ======================================================================================================================
+# Live pairs: the state of search="lazy"
+# ======================================================================================================================
+#
+# A neuron that is active on no training point has no gradient, so it never moves and never wakes. Only *live* neurons,
+# active on some point at the start, are kept, and of their products only the *tracked* ones, >= b - margin.
+#
+# A neuron's row holds its products as they were at its last flip, and nothing is written before the next one. Between
+# flips act(r) does not change, so the products now are
+#
+#     <w_r, x_j> = stored product - m^(-1/2) a_r sum over i in act(r) of (s_i - s_i(last flip)) <x_i, x_j>
+#
+# with s the running sum of the steps g. Nor need a row be read in every step. Let D be the sum of |g|_inf / sqrt(m) over
+# the steps, the *distance* gone. While D grows by u, a product of a neuron active on k points moves by at most
+#
+#     u (1 + (k - 1) cross)  if it is active,  u k cross  if not,   cross = largest |<x_i, x_j>| over i != j,
+#
+# so that a neuron whose nearest product is `slack` away from b, and whose untracked products are `spare` away at least,
+# cannot flip before D reaches its certificate. A step reads the rows whose certificates ran out, and no others.
+
+
+# Margins are MARGIN times the largest movement expected of a product. @@
+MARGIN = 1.6
+
+# The running sums of so many steps are kept; then all rows are brought up to date, and the sums start anew.
+STEPS_KEPT = 256
+
+
+class LivePairs(NamedTuple):
+    """Tracked pairs by live neuron: the row of neuron q is starts[q], ..., starts[q] + sizes[q] - 1, points ascending.
+
+    The weights follow from gamma[q, i], the sum of g_i over the steps in which q was active on i, which is
+    base + s_i for an active pair and base for another.
+    """
+
+    starts: np.ndarray  # (n_live,) int64
+    sizes: np.ndarray  # (n_live,) int32
+    scales: np.ndarray  # (n_live,) -a_r / sqrt(m)
+    flipped: np.ndarray  # (n_live,) int32, the step of the last flip
+    spare: np.ndarray  # (n_live,) how far untracked products were below b then, at least
+    margins: np.ndarray  # (n_live,) `spare` when the row was made
+    certificates: np.ndarray  # (n_live,) the distance up to which no pair can have flipped; inf if none can, ever
+    points: np.ndarray  # (room,) int32
+    products: np.ndarray  # (room,)
+    base: np.ndarray  # (room,)
+
+
+class PointData(NamedTuple):
+    """What moves of products are made of."""
+
+    X: np.ndarray  # (n, d)
+    XXt: np.ndarray  # (n, n)
+    cross: np.ndarray  # (n,) largest |<x_i, x_j>| over j != i, and more than 0
+    shift: float
+
+
+# What the rows of a pass add up, chunk by chunk: rows read, flips, neurons that fell asleep for good, rows that fell
+# short of their margin, operations.
+READ, FLIPS, ASLEEP, SHORT, OPERATIONS = range(5)
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def _count_tracked(products, least_active, thresholds):
+    """For each row: k, how many products are >= least_active; and if k > 0, how many are >= thresholds[k]."""
+    active, tracked = np.zeros(len(products), np.int64), np.zeros(len(products), np.int64)
+    one, zero = np.float32(1), np.float32(0)  # counted in the type of the products, for full vectors
+    for r in range(len(products)):
+        row = products[r]
+        count = zero
+        for i in range(row.size):
+            count += one if row[i] >= least_active else zero
+        active[r] = np.int64(count)
+        if count > zero:
+            least, count = thresholds[active[r]], zero
+            for i in range(row.size):
+                count += one if row[i] >= least else zero
+            tracked[r] = np.int64(count)
+    return active, tracked
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def _live_rows(rows, room, products, vectors, X, shift, active, thresholds, margins):
+    """Rows of tracked pairs, of the vectors that fire: (vectors, sizes, spare, points, float64 products).
+
+    Candidates come from float32 products and counts that may be too high but not too low.
+    """
+    n, d = X.shape
+    sizes, live, spare = np.empty(rows.size, np.int32), np.empty(rows.size, np.int64), np.empty(rows.size)
+    points, exact = np.empty(room, np.int32), np.empty(room)
+    w = np.empty(d)
+    found = free = 0
+    for r in rows:
+        w[:] = vectors[r]
+        least, end, k = thresholds[active[r]], free, 0
+        for j in range(n):
+            if products[r, j] >= least:
+                points[end], exact[end] = j, _dot(w, X[j])
+                k += exact[end] >= shift
+                end += 1
+        if k > 0:
+            live[found], sizes[found] = r, end - free
+            spare[found] = np.inf if end - free == n else margins[active[r]]
+            found, free = found + 1, end
+    return live[:found], sizes[:found], spare[:found], points[:free], exact[:free]
+
+
+@njit(cache=True)
+def _below(certificates, neurons, low, high, distance, out):
+    """Writes those of neurons[low:high] whose certificates are at most `distance`; returns their number."""
+    found = 0
+    for z in range(low, high):  # always written, kept if it counts: no branch to mispredict
+        out[found] = neurons[z]
+        found += certificates[neurons[z]] <= distance
+    return found
+
+
+@njit(cache=True)
+def _flip(j, woke, active, k, counts):
+    """Adds point j to the k active points or takes it from them, counts[i, j] for all i along with it; returns new k."""
+    if woke:
+        active[k] = j
+        k += 1
+    place = 0
+    for a in range(k):
+        i = active[a]
+        counts[max(i, j), min(i, j)] += 1 if woke else -1
+        place = a if i == j else place
+    if not woke:
+        k -= 1
+        active[place] = active[k]
+    return k
+
+
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def _move_rows(pairs, due, distance, renew, sums, t, data, counts, outputs, tally):
+    """Reads the rows of the neurons `due`, moves them to step t, and makes out new certificates.
+
+    Writes the moved products where a pair flipped, or everywhere to `renew`; adds what the flips change to
+    counts[i, j] = |Q_i n Q_j|, j <= i, and to the outputs f. The certificate of a row whose untracked products may have
+    reached the threshold becomes -inf.
+    """
+    # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
+    # operations, on which the threads would wait (145 instead of 43 ns a row).
+    starts, sizes, scales, flipped, spares, _, certificates, points, products, base = pairs
+    X, XXt, cross, shift = data
+    n, d = X.shape
+    active, factor, moved, w = np.empty(n + 1, np.int64), np.empty(n), np.empty(n), np.empty(d)
+    widest = cross.max()
+    own = 1.0 - widest + 1e-6  # rows of X may be longer than 1 by as much
+    operations = 0
+    for q in due:
+        first, end = starts[q], starts[q] + sizes[q]
+        last, scale = flipped[q], scales[q]
+        k, spent = 0, 0.0
+        for e in range(first, end):
+            active[k] = points[e]
+            k += products[e] >= shift
+        for a in range(k):
+            factor[a] = scale * (sums[t, active[a]] - sums[last, active[a]])
+            spent += abs(factor[a]) * cross[active[a]]
+        if (end - first) * k <= 4 * d:
+            operations += (end - first) * k
+            for e in range(first, end):
+                h, j = products[e], points[e]
+                for a in range(k):
+                    h += factor[a] * XXt[j, active[a]]
+                moved[e - first] = h
+        else:
+            operations += (end - first + k) * d
+            w[:] = 0.0
+            for a in range(k):
+                for c in range(d):
+                    w[c] += factor[a] * X[active[a], c]
+            length = 0.0
+            for c in range(d):
+                length += w[c] * w[c]
+            spent = min(spent, np.sqrt(length))
+            for e in range(first, end):
+                h, j = products[e], points[e]
+                for c in range(d):
+                    h += w[c] * X[j, c]
+                moved[e - first] = h
+        flips = still = 0
+        on, off = np.inf, spares[q] - spent  # how far active and inactive products are from b
+        for e in range(first, end):
+            excess = moved[e - first] - shift
+            flips += (excess >= 0.0) != (products[e] >= shift)
+            still += excess >= 0.0
+            on = min(on, excess if excess >= 0.0 else np.inf)
+            off = min(off, -excess if excess < 0.0 else np.inf)
+        short = spares[q] < spent
+        if still > 0:
+            certificates[q] = distance + min(on / (still * widest + own), off / (still * widest))
+        else:
+            certificates[q] = np.inf
+        if short:
+            certificates[q] = -np.inf
+            tally[SHORT] += 1
+        if flips > 0 or short or renew:
+            for e in range(first, end):
+                j, excess = points[e], moved[e - first] - shift
+                woke = excess >= 0.0
+                if woke != (products[e] >= shift):
+                    outputs[j] -= scale * (excess if woke else -excess)
+                    base[e] += -sums[t, j] if woke else sums[t, j]
+                    k = _flip(j, woke, active, k, counts)
+                    operations += k
+                products[e] = moved[e - first]
+            spares[q] -= spent
+            flipped[q] = t
+            tally[FLIPS] += flips
+            tally[ASLEEP] += still == 0 and flips > 0 and not short
+    tally[READ] += due.size
+    tally[OPERATIONS] += operations
+
+
+@njit(parallel=True, cache=True)
+def _walk(pairs, neurons, due_by, distance, horizon, renew, sums, t, data, counts, outputs, tallies, near, near_sizes):
+    """_move_rows for those of `neurons` whose certificates are at most `due_by`; then writes those of them whose
+    certificates are at most `horizon` to near, in CHUNKS pieces of near_sizes.
+
+    Outputs and tallies are added up in CHUNKS parts, and counts, which are whole numbers, in one for each thread.
+    """
+    for thread in prange(len(counts)):
+        due = np.empty(neurons.size // CHUNKS + 1, np.int32)
+        for chunk in range(CHUNKS * thread // len(counts), CHUNKS * (thread + 1) // len(counts)):
+            low, high = neurons.size * chunk // CHUNKS, neurons.size * (chunk + 1) // CHUNKS
+            mine = due[: _below(pairs.certificates, neurons, low, high, due_by, due)]
+            _move_rows(pairs, mine, distance, renew, sums, t, data, counts[thread], outputs[chunk], tallies[chunk])
+            near_sizes[chunk] = _below(pairs.certificates, neurons, low, high, horizon, near[low:])
+
+
+@njit(cache=True, error_model="numpy")
+def _widen_rows(pairs, short, made, starts, distance, sums, t, data, counts, outputs, tally):
+    """Makes the rows of the neurons `short` anew, from `starts` on, out of all their products `made` (len(short), n) at
+    step t, with margins twice as wide. Tracked pairs stay, with their products, since gamma is kept with them.
+    """
+    points, products, base, shift = pairs.points, pairs.products, pairs.base, data.shift
+    n = len(data.X)
+    active = np.empty(n + 1, np.int64)
+    for z in range(short.size):
+        q, free = short[z], starts[z]
+        first, end = pairs.starts[q], pairs.starts[q] + pairs.sizes[q]
+        k, e = 0, first
+        for h in range(first, end):
+            active[k] = points[h]
+            k += products[h] >= shift
+        pairs.margins[q] *= 2.0
+        for j in range(n):
+            if e < end and points[e] == j:
+                products[free], base[free] = products[e], base[e]
+                e += 1
+            elif made[z, j] >= shift - pairs.margins[q]:
+                products[free], base[free] = made[z, j], 0.0
+                if made[z, j] >= shift:
+                    outputs[j] -= pairs.scales[q] * (made[z, j] - shift)
+                    base[free] = -sums[t, j]
+                    k = _flip(j, True, active, k, counts)
+                    tally[FLIPS] += 1
+            else:
+                continue
+            points[free] = j
+            free += 1
+        pairs.starts[q], pairs.sizes[q] = starts[z], free - starts[z]
+        pairs.spare[q] = np.inf if pairs.sizes[q] == n else pairs.margins[q]
+        tally[ASLEEP] += k == 0
+        # Certified for no distance at all, so that the next step reads the row.
+        pairs.certificates[q] = distance if k > 0 else np.inf
+    tally[OPERATIONS] += made.size
+
+
+@njit(parallel=True, cache=True)
+def _widen(pairs, short, made, starts, distance, sums, t, data, counts, outputs, tallies):
+    for thread in prange(len(counts)):
+        for chunk in range(CHUNKS * thread // len(counts), CHUNKS * (thread + 1) // len(counts)):
+            part = slice(short.size * chunk // CHUNKS, short.size * (chunk + 1) // CHUNKS)
+            arguments = counts[thread], outputs[chunk], tallies[chunk]
+            _widen_rows(pairs, short[part], made[part], starts[part], distance, sums, t, data, *arguments)
+
+
+@njit(cache=True, fastmath=FAST)
+def _add_outputs(pairs, low, high, sums, t, data, outputs):
+    """Adds f at step t of the neurons low, ..., high - 1 to outputs, from their products; no row is changed."""
+    starts, sizes, scales, flipped, _, _, _, points, products, _ = pairs
+    X, XXt, _, shift = data
+    n, d = X.shape
+    active, factor, excess, w = np.empty(n + 1, np.int64), np.empty(n), np.empty(n + 1), np.empty(d)
+    for q in range(low, high):
+        k, last, scale = 0, flipped[q], scales[q]
+        for e in range(starts[q], starts[q] + sizes[q]):
+            active[k], excess[k] = points[e], products[e] - shift
+            k += products[e] >= shift
+        for a in range(k):
+            factor[a] = scale * (sums[t, active[a]] - sums[last, active[a]])
+        if k <= d:
+            for h in range(k):
+                for a in range(k):
+                    excess[h] += factor[a] * XXt[active[h], active[a]]
+        else:
+            w[:] = 0.0
+            for a in range(k):
+                for c in range(d):
+                    w[c] += factor[a] * X[active[a], c]
+            for h in range(k):
+                for c in range(d):
+                    excess[h] += w[c] * X[active[h], c]
+        for h in range(k):
+            outputs[active[h]] -= scale * excess[h]
+
+
+@njit(parallel=True, cache=True)
+def _all_outputs(pairs, sums, t, data):
+    """f at step t from all live pairs, in CHUNKS partial sums."""
+    partial = np.zeros((CHUNKS, len(data.X)))
+    for chunk in prange(CHUNKS):
+        n_live = pairs.starts.size
+        _add_outputs(pairs, n_live * chunk // CHUNKS, n_live * (chunk + 1) // CHUNKS, sums, t, data, partial[chunk])
+    return partial
+
+
+@njit(cache=True, nogil=True)
+def _add_moves(pairs, neurons, now, data, W):
+    """W[z] += what training has added to the weights of neurons[z]; `now` is the running sum of the steps."""
+    for z in range(neurons.size):
+        q = neurons[z]
+        for e in range(pairs.starts[q], pairs.starts[q] + pairs.sizes[q]):
+            gamma = pairs.base[e] + (now[pairs.points[e]] if pairs.products[e] >= data.shift else 0.0)
+            if gamma != 0.0:
+                for c in range(W.shape[1]):
+                    W[z, c] += pairs.scales[q] * gamma * data.X[pairs.points[e], c]
+
+
+@njit(cache=True)
+def _active_pairs(pairs, order, shift):
+    """The active sets; neurons are named by where they stand in `order`, ascending."""
+    offsets = np.zeros(order.size + 1, np.int64)
+    neurons = np.empty(order.size, np.int64)
+    active = np.empty(pairs.sizes.sum(), np.int64)
+    found = free = 0
+    for z in range(order.size):
+        first = free
+        for e in range(pairs.starts[order[z]], pairs.starts[order[z]] + pairs.sizes[order[z]]):
+            active[free] = pairs.points[e]
+            free += pairs.products[e] >= shift
+        neurons[found], offsets[found + 1] = z, free
+        found += free > first
+    return ActiveSets(neurons[:found].copy(), offsets[: found + 1].copy(), active[:free].copy())
+
+
+class _CountedJacobian(SparseJacobian):
+    """The Jacobian of live pairs: its Gram matrix is known, and the active sets are only gathered if asked for."""
+
+    def __init__(self, search):
+        LinearOperator.__init__(self, np.dtype(float), (len(search.X), search.width * search.X.shape[1]))
+        self.X, self.width, self._XXt, self._search = search.X, search.width, search.XXt, search
+
+    @cached_property
+    def active(self):
+        return self._search.gathered()
+
+    @cached_property
+    def _signs(self):
+        return self._search.signs[self.active.neurons]
+
+    def active_counts(self):
+        return np.diag(self._search.counts)
+
+    def gram_times(self, v):
+        return self._search.gram @ v
+
+    def gram(self):
+        return self._search.gram
+
+
+# ======================================================================================================================
 # Searches: where the active pairs are found, and the weights moved
 # ======================================================================================================================
 #
@@ -1307,42 +1695,105 @@ def _move_cost(offsets, n, d):
 
 
 class _Search:
-    """What the three searches share.
+    """What the searches share: the network at the training points, and one step of it.
 
-    A search names neurons by rows of its own, has their `signs` by row, and offers: active(), the active sets and the
-    products of the active pairs; move(active, signs, step), which takes a step; flipped(...), told of what a step did;
-    original(active), with the neurons' own numbers; trained_blocks() and fill(out), the weights. `operations` counts
-    multiply-adds, comparisons and moves of products.
+    Attributes: outputs f (n,); pairs, the number of active pairs; changing, the number |K| of neurons that the next step
+    moves; n_live; live, the live neurons' own numbers, block by block; signs of the live neurons, in the same order.
+    `operations` counts multiply-adds, comparisons and moves of products, `looked_at` the neurons whose products the last
+    step read.
+
+    A search names neurons by rows of its own. "dense", "scan" and "tree" offer _find(), the active sets and the products
+    of the active pairs; _move(step); _flipped(...), told what a step did. All offer _trained(), which gives the
+    weights of the live neurons low, ..., high - 1 when called with (low, high).
     """
 
-    def __init__(self, X, XXt, shift, width, seed, init, dtype):
-        self.X, self.shift, self.width, self.init = X, shift, width, init
+    def __init__(self, X, XXt, y, shift, width, seed, init, dtype):
+        self.X, self.XXt, self.y, self.shift, self.width, self.init = X, XXt, y, shift, width, init
         self.draw = partial(_starting_blocks, seed, width, X.shape[1], init)
         self.dtype = np.dtype(dtype)
         self.cast_X = X.astype(self.dtype)
-        self.operations = 0
+        self.operations = self.looked_at = 0
         self.least_active = _least_at_or_above(shift, self.dtype)
-        self._allocate(XXt)
+        self._allocate()
         self._start()
 
-    def flipped(self, neurons, points, signs):
-        """Told which pairs woke (+1) or fell asleep (-1) by the last step."""
-
-    def take_operations(self):
-        """Operations since the last call."""
-        taken, self.operations = self.operations, 0
+    def take_counts(self):
+        """Operations and neurons looked at since the last call."""
+        taken = self.operations, self.looked_at
+        self.operations = self.looked_at = 0
         return taken
 
-    def outputs(self, active, signs, values):
-        """f (n,) from the active pairs, the signs of the active neurons and the products of the pairs."""
-        sums = _run(_outputs, 4 * values.size, active, signs, values, self.shift, len(self.X))
-        return sums.sum(axis=0) / np.sqrt(self.width)
+    def find(self):
+        """Finds the active sets and the outputs anew."""
+        self.active, values = self._find()
+        self.pairs, self.changing = self.active.points.size, self.active.neurons.size
+        self._active_signs = self.signs[self.active.neurons]
+        sums = _run(_outputs, 4 * values.size, self.active, self._active_signs, values, self.shift, len(self.X))
+        self.outputs = sums.sum(axis=0) / np.sqrt(self.width)
+
+    def jacobian(self):
+        return SparseJacobian._of(self.X, self.XXt, self._active_signs, self.width, self.active)
+
+    def advance(self, step, lap):
+        """W <- W - J^T step, and all that follows from it; returns the number of flips."""
+        before = self.active
+        self._move(step)
+        lap("seconds_update")
+        self.find()
+        neurons, points, signs = _flips(before, self.active)
+        self._flipped(neurons, points, signs)
+        lap("seconds_query")
+        return neurons.size
+
+    def settle(self):
+        """Makes sure that `outputs` come from a forward pass."""
+
+    def _flipped(self, neurons, points, signs):
+        """Told which pairs woke (+1) or fell asleep (-1) by the last step."""
+
+    def active_sets(self):
+        """The active sets with the neurons' own numbers."""
+        return self.active._replace(neurons=self.live[self.active.neurons])
+
+    def trained_blocks(self):
+        """Yields (weights, signs) of the trained network; antisymmetric dead neurons cancel on every input, and are left
+        out."""
+        trained = self._trained()
+        if self.init == "antisymmetric":
+            for first in range(0, self.live.size, BLOCK):
+                yield trained(first, first + BLOCK), self.signs[first : first + BLOCK]
+            return
+        edges = self._edges()
+
+        def train(first, W, signs):
+            W = W.astype(float)
+            low, high = edges[first // BLOCK : first // BLOCK + 2]
+            W[self.live[low:high] - first] = trained(low, high)
+            return W, signs
+
+        yield from self.draw(train)
+
+    def fill(self, out):
+        """Writes the weights of all neurons (m, d)."""
+        trained, edges = self._trained(), self._edges()
+
+        def train(first, W, _):
+            out[first : first + len(W)] = W
+            low, high = edges[first // BLOCK : first // BLOCK + 2]
+            out[self.live[low:high]] = trained(low, high)
+
+        for _ in self.draw(_for_each_neuron(train)):
+            pass
+
+    def _edges(self):
+        """Where the live neurons of each block begin."""
+        return np.searchsorted(self.live // BLOCK, np.arange(-(-self.width // BLOCK) + 1))
 
 
 class _Dense(_Search):
     """X W^T anew in every step, by BLAS: O(m n d) [BPSW21, CGH+19]. Holds W."""
 
-    def _allocate(self, XXt):
+    def _allocate(self):
         _check_memory(f'search="dense" with {self.width} neurons', self.width * self.X.shape[1] * self.dtype.itemsize)
         self.W = np.empty((self.width, self.X.shape[1]), self.dtype)
         self.signs = np.empty(self.width)
@@ -1352,11 +1803,12 @@ class _Dense(_Search):
             self.W[first : first + len(W)] = W
             self.signs[first : first + len(W)] = signs
 
-        for _ in self.draw(keep):
+        for _ in self.draw(_for_each_neuron(keep)):
             pass
+        self.find()
+        self.n_live = self.changing
 
-    def active(self):
-        """The active sets, and the products of the active pairs."""
+    def _find(self):
         found = []
         # BLAS on all cores where that pays: at n = d = 16 a step takes 43 ms with it and 34 ms without at m = 2^20, and
         # 8 and 1.6 ms at m = 2^14; at n = 64, d = 32, m = 2^20 it takes 183 and 200 ms.
@@ -1367,34 +1819,37 @@ class _Dense(_Search):
                 found.append((pairs + first * len(self.X), products.ravel()[pairs]))
         pairs, values = map(np.concatenate, zip(*found, strict=True))
         self.operations += self.width * len(self.X) * (self.X.shape[1] + 1)
+        self.looked_at += self.width
         return _grouped(*np.divmod(pairs, len(self.X))), values
 
-    def move(self, active, signs, step):
-        """W <- W - J^T step."""
-        data = np.repeat(signs, np.diff(active.offsets)) * step[active.points] / np.sqrt(self.width)
+    def _move(self, step):
+        active = self.active
+        data = np.repeat(self._active_signs, np.diff(active.offsets)) * step[active.points] / np.sqrt(self.width)
         shape = (active.neurons.size, len(self.X))
         coefficients = scipy.sparse.csr_matrix((data.astype(self.dtype), active.points, active.offsets), shape=shape)
         self.W[active.neurons] -= coefficients @ self.cast_X
         self.operations += active.points.size * self.X.shape[1]
 
-    def original(self, active):
-        return active
+    def active_sets(self):
+        return self.active
 
     def trained_blocks(self):
-        """Yields (weights, signs) of the trained network block by block."""
         for first in range(0, self.width, BLOCK):
             yield self.W[first : first + BLOCK].astype(float), self.signs[first : first + BLOCK]
 
     def fill(self, out):
         out[:] = self.W
 
+    def check(self):
+        """W is all there is."""
+
 
 class _Scan(_Search):
     """All products, kept and moved, then compared with b: O(n m) and the moves. The strong baseline.
 
-    Rows of products are laid out live neurons first, in ascending order, then the dead ones; `live` holds the live
-    neurons' numbers. A step then moves, mends and reports in one stretch of memory: on two cores, n = 64, d = 32 and
-    m = 2^20, "tree" takes about half the time it takes with neurons in their own order.
+    Rows of products are laid out live neurons first, in ascending order, then the dead ones. A step then moves, mends
+    and reports in one stretch of memory: on two cores, n = 64, d = 32 and m = 2^20, "tree" takes about half the time it
+    takes with neurons in their own order.
 
     The weights are not touched in training. They follow from gamma[r, i], the sum of step[i] over the steps in which
     neuron r was active on point i:  w_r = w_r(0) - m^(-1/2) a_r sum_i gamma[r, i] x_i. Since gamma grows with the
@@ -1403,13 +1858,13 @@ class _Scan(_Search):
 
     height = 1  # levels of the trees: a scan is a search in trees of leaves alone
 
-    def _allocate(self, XXt):
+    def _allocate(self):
         n = len(self.X)
         self._levels = _levels(self.width)[: self.height + 1]
         _check_memory(f"products of {n} points and {self.width} neurons", n * int(self._levels[-1]) * self.dtype.itemsize)
         self._rows = np.empty((self._levels[-1], n), self.dtype)
         self._rows[self.width :] = -np.inf
-        self._XXt = XXt.astype(self.dtype)
+        self._XXt = self.XXt.astype(self.dtype)
         self._sum = np.zeros(n)
         self._flips = []
 
@@ -1422,75 +1877,52 @@ class _Scan(_Search):
 
         found = []
         front, back = 0, self.width
-        for *live, live_products, dead_products in self.draw(products_of):
+        for *live, live_products, dead_products in self.draw(_for_each_neuron(products_of)):
             self._rows[front : front + len(live_products)] = live_products
             self._rows[back - len(dead_products) : back] = dead_products
             front, back = front + len(live_products), back - len(dead_products)
             found.append(live)
         self.live, self._weights, self.signs = map(np.concatenate, zip(*found, strict=True))
-        self.signs = self.signs.astype(float)
+        self.n_live, self.signs = self.live.size, self.signs.astype(float)
         _mend_ancestors(self._rows, self._levels, np.arange(self.width))
+        self.find()
 
-    def active(self):
-        """The active sets, neurons by row, and the products of the active pairs."""
-        self._active, values, touched = _query(self._rows, self._levels, 0, len(self.X), self.shift)
+    def _find(self):
+        active, values, touched, compared = _query(self._rows, self._levels, 0, len(self.X), self.shift)
         self.operations += touched
-        return self._active, values
+        self.looked_at += min(compared, self.width)  # padding aside
+        return active, values
 
-    def move(self, active, signs, step):
-        """The products for W <- W - J^T step."""
-        scale = (signs / -np.sqrt(self.width)).astype(self.dtype)
-        groups, starts = _parents(active.neurons)
+    def _move(self, step):
+        scale = (self._active_signs / -np.sqrt(self.width)).astype(self.dtype)
+        groups, starts = _parents(self.active.neurons)
         first_parent = self._levels[1] if len(self._levels) > 2 else 0
-        work = _move_cost(active.offsets, *self.X.shape)
+        work = _move_cost(self.active.offsets, *self.X.shape)
         vectors = scale, step.astype(self.dtype), self._XXt, self.cast_X
-        _run(_move_leaves, work, self._rows, active, *vectors, groups, starts, first_parent)
+        _run(_move_leaves, work, self._rows, self.active, *vectors, groups, starts, first_parent)
         self.operations += work
         if first_parent:
             self.operations += groups.size * (FAN_OUT + 1) * len(self.X)
             self.operations += _mend_ancestors(self._rows, self._levels, groups, level=1)
         self._sum += step
 
-    def flipped(self, neurons, points, signs):
+    def _flipped(self, neurons, points, signs):
         if neurons.size:
             self._flips.append((neurons, points, -signs * self._sum[points]))
 
-    def original(self, active):
-        """The active sets with the neurons' own numbers."""
-        return active._replace(neurons=self.live[active.neurons])
-
-    def trained_live(self):
-        """Weights of the live neurons now (n_live, d)."""
-        active = self._active
-        rows = np.repeat(active.neurons, np.diff(active.offsets))
-        entries = [(rows, active.points, self._sum[active.points]), *self._flips]
+    def _trained(self):
+        rows = np.repeat(self.active.neurons, np.diff(self.active.offsets))
+        entries = [(rows, self.active.points, self._sum[self.active.points]), *self._flips]
         rows, points, gamma = map(np.concatenate, zip(*entries, strict=True))
         gamma = scipy.sparse.csr_matrix((gamma, (rows, points)), shape=(self.live.size, len(self.X)))
-        return self._weights - (self.signs / np.sqrt(self.width))[:, None] * (gamma @ self.X)
+        scale = (self.signs / np.sqrt(self.width))[:, None]
+        return lambda low, high: self._weights[low:high] - scale[low:high] * (gamma[low:high] @ self.X)
 
-    def trained_blocks(self):
-        """Yields (weights, signs); antisymmetric dead neurons cancel on every input and are left out."""
-        trained = self.trained_live()
-        if self.init == "antisymmetric":
-            for first in range(0, self.live.size, BLOCK):
-                yield trained[first : first + BLOCK], self.signs[first : first + BLOCK]
-            return
-
-        def train(first, W, signs):
-            W = W.astype(float)
-            low, high = np.searchsorted(self.live, (first, first + len(W)))
-            W[self.live[low:high] - first] = trained[low:high]
-            return W, signs
-
-        yield from self.draw(train)
-
-    def fill(self, out):
-        def keep(first, W, _):
-            out[first : first + len(W)] = W
-
-        for _ in self.draw(keep):
-            pass
-        out[self.live] = self.trained_live()
+    def check(self):
+        """Asserts that inner nodes are maxima of their children."""
+        for first, end, parents in zip(self._levels[:-2], self._levels[1:-1], self._levels[1:-1], strict=True):
+            maxima = self._rows[first:end].reshape(-1, FAN_OUT, len(self.X)).max(axis=1)
+            assert np.array_equal(self._rows[parents : parents + len(maxima)], maxima), "an inner node is not the maximum"
 
 
 class _Tree(_Scan):
@@ -1499,7 +1931,230 @@ class _Tree(_Scan):
     height = 64  # all the levels there are
 
 
-SEARCHES = {"dense": _Dense, "scan": _Scan, "tree": _Tree}
+class _Lazy(_Search):
+    """Live pairs with certificates: a step reads the neurons that may have crossed the threshold, and no others.
+
+    Certificates are looked up through `ladder`, a stack of lists of neurons, each inside the one before it. A list holds
+    every neuron whose certificate ends at its `horizon` or before, so a step looks at the innermost list that reaches as
+    far as the step goes. Steps shrink, and so do the lists: each step leaves one for a next step as long as itself.
+
+    The outputs follow from the Gram matrix, f <- f - G g, and from the flips; they are computed from the pairs before
+    training ends.
+    """
+
+    def _allocate(self):
+        n = len(self.X)
+        cross = np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1)
+        self._data = PointData(self.X, self.XXt, np.maximum(cross, 1e-12), self.shift)
+        self._sums, self._time = np.zeros((STEPS_KEPT, n)), 0
+        self._distance = self._last_move = 0.0
+        self.changing = 0
+        self.widened = 0  # rows made anew, for those who look inside
+
+    def _margins(self):
+        """Margins (n + 1,) for neurons active on 0, 1, ..., n points.
+
+        Training ends about where each product of an active pair has moved by |y| / (Phi(-b) sqrt(m)), as if the points
+        were orthogonal.
+        """
+        k = np.arange(len(self.X) + 1)
+        reach = np.abs(self.y).max() / max(scipy.special.ndtr(-self.shift), 1e-300) / np.sqrt(self.width)
+        return MARGIN * reach * np.minimum(k * self._data.cross.max(), np.sqrt(k))
+
+    def _start(self):
+        n, d = self.X.shape
+        X32, margins = self.X.astype(np.float32), self._margins()
+        # No float32 product is further from the float64 one than this; a normal number is below 8.3 (NumPy's ziggurat).
+        rounding = (d + 4) * np.finfo(np.float32).eps * 8.3 * np.sqrt(d)
+        lowest, highest = np.finfo(np.float32).min, np.finfo(np.float32).max
+        least_active = np.float32(np.clip(self.shift - rounding, lowest, highest))
+        thresholds = np.clip(self.shift - margins - rounding, lowest, highest).astype(np.float32)
+        piece = max(64, (1 << 19) // n)  # vectors whose products are made together, 2 MB of them
+
+        def rows_of(first, vectors, signs):
+            copies = signs.size // len(vectors)
+            found = []
+            for low in range(0, len(vectors), piece):
+                some = vectors[low : low + piece]
+                products = some @ X32.T
+                active, tracked = _count_tracked(products, least_active, thresholds)
+                rows = np.flatnonzero(active)
+                # Rows of equal length together: loops of an expected length are faster by a third.
+                rows = rows[np.lexsort((active[rows], tracked[rows]))]
+                room = int(tracked[rows].sum())
+                live, *arrays = _live_rows(rows, room, products, some, self.X, self.shift, active, thresholds, margins)
+                numbers = np.concatenate([copies * (low + live) + copy for copy in range(copies)])
+                twins = [np.concatenate([array] * copies) for array in arrays]
+                found.append((some[live], first + numbers, signs[numbers], *twins))
+            return found
+
+        found = [arrays for block in self.draw(rows_of) for arrays in block]
+        vectors, live, signs, sizes, spare, points, products = zip(*found, strict=True)
+        counts = np.array([len(some) for some in vectors])
+        self._vectors, self.live, self.signs = map(np.concatenate, (vectors, live, signs))
+        copies = self.live.size // max(1, len(self._vectors))
+        firsts = np.cumsum(counts) - counts
+        owned = [np.tile(np.arange(low, low + count), copies) for low, count in zip(firsts, counts, strict=True)]
+        self._vector_of = np.concatenate(owned)
+        sizes, spare = np.concatenate(sizes), np.concatenate(spare)
+        self.n_live, self.signs = self.live.size, self.signs.astype(float)
+        self._used = int(sizes.sum())
+        room = self._used + self._used // 2  # memory that is not written is not taken
+        self._pairs = LivePairs(
+            starts=np.cumsum(sizes, dtype=np.int64) - sizes,
+            sizes=sizes,
+            scales=self.signs / -np.sqrt(self.width),
+            flipped=np.zeros(self.n_live, np.int32),
+            spare=spare,
+            margins=spare.copy(),
+            certificates=np.full(self.n_live, -np.inf),
+            points=np.empty(room, np.int32),
+            products=np.empty(room),
+            base=np.zeros(room),
+        )
+        np.concatenate(points, out=self._pairs.points[: self._used])
+        np.concatenate(products, out=self._pairs.products[: self._used])
+        self._ladder = [(np.inf, np.arange(self.n_live, dtype=np.int32))]
+        self.counts = np.zeros((n, n), np.int32)
+        self.outputs = np.zeros(n)
+        self._pass(self._ladder[0][1], np.inf, renew=False)
+        gathered = self.gathered()
+        self.counts = _coactivity_of(gathered, n)
+        self.changing = gathered.neurons.size
+        self.settle()
+
+    @property
+    def pairs(self):
+        return int(np.trace(self.counts))
+
+    @cached_property
+    def gram(self):
+        """G (n, n)."""
+        return _run(_gram, self.counts.size, self.XXt, self.counts, self.width)
+
+    def jacobian(self):
+        return _CountedJacobian(self)
+
+    def advance(self, step, lap):
+        self.outputs = self.outputs - self.gram @ step
+        del self.gram
+        self._last_move = np.abs(step).max() / np.sqrt(self.width)
+        self._distance += self._last_move
+        self._time += 1
+        self._sums[self._time] = self._sums[self._time - 1] + step
+        lap("seconds_update")
+        renew = self._time == STEPS_KEPT - 1
+        while self._ladder[-1][0] < self._distance or (renew and len(self._ladder) > 1):
+            self._ladder.pop()
+        flips = self._pass(self._ladder[-1][1], np.inf if renew else self._distance, renew)
+        if renew:
+            self._sums[0] = self._sums[self._time]
+            self._pairs.flipped[:] = self._time = 0
+        lap("seconds_query")
+        return flips
+
+    def _pass(self, neurons, due_by, renew):
+        """Reads the rows of neurons whose certificates are at most due_by; returns the number of flips."""
+        n = len(self.X)
+        work = 8 * neurons.size
+        threads = min(numba.get_num_threads(), max(1, (1 << 26) // n**2)) if work >= 1 << 16 else 1
+        counts = np.zeros((threads, n, n), np.int32)
+        outputs, tallies = np.zeros((CHUNKS, n)), np.zeros((CHUNKS, 5), np.int64)
+        near, near_sizes = np.empty_like(neurons), np.empty(CHUNKS, np.int64)
+        horizon = self._distance + self._last_move
+        state = self._sums, self._time, self._data, counts, outputs, tallies
+        _run(_walk, work, self._pairs, neurons, due_by, self._distance, horizon, renew, *state, near, near_sizes)
+        firsts = neurons.size * np.arange(CHUNKS) // CHUNKS
+        near = np.concatenate([near[low : low + size] for low, size in zip(firsts, near_sizes, strict=True)])
+        if tallies[:, SHORT].any():
+            self._widen(near[self._pairs.certificates[near] == -np.inf], state)
+        if near.size < neurons.size // 2:
+            self._ladder.append((horizon, near))
+        self.counts += counts.sum(axis=0, dtype=np.int32)
+        self.outputs += outputs.sum(axis=0)
+        read, flips, asleep, _, operations = map(int, tallies.sum(axis=0))
+        self.looked_at += read
+        self.operations += operations + neurons.size + self.counts.size
+        self.changing -= asleep
+        return flips
+
+    def _widen(self, short, state):
+        """Makes rows anew whose margins ran out."""
+        n = len(self.X)
+        self.widened += short.size
+        batch = max(1, (1 << 20) // n)
+        for low in range(0, short.size, batch):
+            some = short[low : low + batch]
+            made = self._weights_of(some) @ self.X.T
+            added = np.count_nonzero(made >= (self.shift - 2 * self._pairs.margins[some])[:, None], axis=1)
+            room = np.minimum(self._pairs.sizes[some] + added, n)
+            ends = self._used + np.cumsum(room)
+            self._used = int(ends[-1])
+            self._reserve(self._used)
+            _run(_widen, made.size, self._pairs, some, made, ends - room, self._distance, *state)
+
+    def _reserve(self, room):
+        """Makes room for so many pairs."""
+        pairs = self._pairs
+        if room > pairs.points.size:
+            more = room + room // 2 - pairs.points.size
+            self._pairs = pairs._replace(
+                **{
+                    name: np.concatenate([getattr(pairs, name), np.empty(more, getattr(pairs, name).dtype)])
+                    for name in ("points", "products", "base")
+                }
+            )
+
+    def settle(self):
+        partial = _run(_all_outputs, 4 * self._used, self._pairs, self._sums, self._time, self._data)
+        self.outputs = partial.sum(axis=0)
+
+    def gathered(self):
+        """The active sets, neurons by row."""
+        return _active_pairs(self._pairs, np.arange(self.n_live), self.shift)
+
+    def active_sets(self):
+        order = np.argsort(self.live)
+        active = _active_pairs(self._pairs, order, self.shift)
+        return active._replace(neurons=self.live[order[active.neurons]])
+
+    def _weights_of(self, neurons):
+        W = self._vectors[self._vector_of[neurons]].astype(float)
+        _add_moves(self._pairs, neurons, self._sums[self._time], self._data, W)
+        return W
+
+    def _trained(self):
+        return lambda low, high: self._weights_of(np.arange(low, min(high, self.n_live)))
+
+    def check(self):
+        """Asserts every invariant of the live pairs against the weights and all products of live neurons."""
+        pairs, n = self._pairs, len(self.X)
+        products = self._weights_of(np.arange(self.n_live)) @ self.X.T
+        tolerance = 1e-9 * (1.0 + np.abs(products))
+        row = np.repeat(np.arange(self.n_live), pairs.sizes)
+        place = np.arange(row.size) + np.repeat(pairs.starts - np.cumsum(pairs.sizes) + pairs.sizes, pairs.sizes)
+        points = pairs.points[place]
+        tracked, active = np.zeros((2, self.n_live, n), bool)
+        tracked[row, points], active[row, points] = True, pairs.products[place] >= self.shift
+        assert tracked.sum() == row.size, "a point is tracked twice"
+        excess = products - self.shift
+        assert np.all((active == (excess >= 0)) | (np.abs(excess) <= tolerance)), "an active pair is missed or made up"
+        changed = np.where(active, self._sums[self._time] - self._sums[pairs.flipped], 0.0)
+        moves = pairs.scales[:, None] * (changed @ self.XXt)
+        stored = pairs.products[place] + moves[row, points]
+        assert np.all(np.abs(stored - products[row, points]) <= tolerance[row, points]), "a tracked product is wrong"
+        coactive = np.tril(active.T.astype(int) @ active)
+        assert np.array_equal(np.tril(self.counts), coactive), "counts are not the active sets'"
+        assert self.changing == active.any(axis=1).sum(), "the number of neurons that move is wrong"
+        certified = np.where(active.any(axis=1), pairs.certificates, np.inf)
+        assert certified.min(initial=np.inf) >= self._distance, "a certificate is late"
+        for horizon, neurons in self._ladder:
+            outside = np.ones(self.n_live, bool)
+            outside[neurons] = False
+            assert np.all(certified[outside] > horizon), "a certificate is late: its neuron is on no list"
+
+
+SEARCHES = {"dense": _Dense, "scan": _Scan, "tree": _Tree, "lazy": _Lazy}
 
 
 # ======================================================================================================================
@@ -1673,31 +2328,27 @@ class SublinearTrainer:
         X, y = scales.unit_rows(X), scales.targets(y)
         with _serial_blas():
             XXt = X @ X.T
-        search = SEARCHES[self.search](X, XXt, shift, self.width, seed, self.init, self.dtype)
+        search = SEARCHES[self.search](X, XXt, y, shift, self.width, seed, self.init, self.dtype)
         # Nothing of this object has changed up to here, so that input that is refused leaves it as it was.
         self._X, self._scales, self._search, self.shift_, self.history_ = X, scales, search, shift, []
         self._prepare_solver(seed)
         self.init_seconds_ = time.perf_counter() - begin
 
         y_norm = np.linalg.norm(y) or 1.0
-        stopwatch = _Stopwatch()
-        outputs = self._find_active(stopwatch)
-        self.n_live_ = self._active.neurons.size
-        self._record(np.linalg.norm(outputs - y) / y_norm, 0, 0, 0, stopwatch)
+        self.n_live_ = search.n_live
+        self._record(np.linalg.norm(search.outputs - y) / y_norm, 0, 0, 0, _Stopwatch())
         while self.residual_ > self.tol and self.n_iter_ < self.max_iter:
             stopwatch = _Stopwatch()
-            J = SparseJacobian._of(self._X, XXt, self._signs, self.width, self._active)
             with _serial_blas() if len(X) <= 1024 else nullcontext():
-                step, inner_iterations = self._solve(J, outputs - y, stopwatch.lap)
-            self._search.move(self._active, self._signs, step)
-            stopwatch.lap("seconds_update")
-            before = self._active
-            outputs = self._find_active(stopwatch)
-            neurons, points, signs = _flips(before, self._active)
-            self._search.flipped(neurons, points, signs)
-            stopwatch.lap("seconds_query")
-            residual = np.linalg.norm(outputs - y) / y_norm
-            self._record(residual, before.neurons.size, neurons.size, inner_iterations, stopwatch)
+                step, inner_iterations = self._solve(search.jacobian(), search.outputs - y, stopwatch.lap)
+                changed = search.changing
+                flips = search.advance(step, stopwatch.lap)
+            residual = np.linalg.norm(search.outputs - y) / y_norm
+            if residual <= self.tol or self.n_iter_ + 1 == self.max_iter:
+                search.settle()
+                stopwatch.lap("seconds_query")
+                residual = np.linalg.norm(search.outputs - y) / y_norm
+            self._record(residual, changed, flips, inner_iterations, stopwatch)
             if not np.isfinite(residual):
                 break
         if not self.converged_ and self.max_iter > 0:
@@ -1750,7 +2401,7 @@ class SublinearTrainer:
         """Neurons active on each training point now: (indptr, indices), those of point i being
         indices[indptr[i]:indptr[i + 1]], ascending."""
         self._check_fitted()
-        return _by_point(self._search.original(self._active), len(self._X))
+        return _by_point(self._search.active_sets(), len(self._X))
 
     @property
     def signs_(self):
@@ -1796,14 +2447,6 @@ class SublinearTrainer:
         self._sketch_size = default if self.sketch_size is None else self.sketch_size
         self._rng = np.random.default_rng(seed)  # of the sketches
 
-    def _find_active(self, stopwatch):
-        """Finds the active sets of the network as it is now, and returns its outputs f (n,)."""
-        self._active, values = self._search.active()
-        self._signs = self._search.signs[self._active.neurons]
-        outputs = self._search.outputs(self._active, self._signs, values)
-        stopwatch.lap("seconds_query")
-        return outputs
-
     def _solve(self, J, residual, lap):
         if self.solver == "cholesky":
             return _solve_cholesky(J, residual, self.damping, lap)
@@ -1821,15 +2464,17 @@ class SublinearTrainer:
         self.n_iter_ = len(self.history_)
         self.residual_ = float(residual)
         self.converged_ = bool(self.residual_ <= self.tol)
+        operations, looked_at = self._search.take_counts()
         record = {
             "iteration": self.n_iter_,
             "residual": self.residual_,
-            "active": self._active.points.size / len(self._X),
+            "active": self._search.pairs / len(self._X),
             "changed": changed,
+            "looked_at": looked_at,
             "flips": flips,
             "inner_iterations": inner_iterations,
             "damping": float(self.damping),
-            "operations": self._search.take_operations(),
+            "operations": operations,
             "seconds": sum(stopwatch.phases.values()),
             **stopwatch.phases,
         }
