@@ -1301,23 +1301,34 @@ MARGIN = 1.6
 STEPS_KEPT = 256
 
 
-class LivePairs(NamedTuple):
-    """Tracked pairs by live neuron: the row of neuron q is starts[q], ..., starts[q] + sizes[q] - 1, points ascending.
+# A live neuron. Its pairs are start, ..., start + size - 1. One record takes one cache line, several arrays one each.
+LIVE_ROW = np.dtype(
+    [
+        ("start", np.int64),
+        ("scale", np.float64),  # -a_r / sqrt(m)
+        ("spare", np.float64),  # how far untracked products were below b at the last flip, at least
+        ("margin", np.float64),  # `spare` when the row was made
+        ("size", np.int32),
+        ("flipped", np.int32),  # the step of the last flip
+        ("vector", np.int32),  # where the starting weights are
+    ],
+    align=True,
+)
 
-    The weights follow from gamma[q, i], the sum of g_i over the steps in which q was active on i, which is
-    base + s_i for an active pair and base for another.
+
+class LivePairs(NamedTuple):
+    """Tracked pairs by live neuron, points ascending.
+
+    The weights follow from gamma[q, i], the sum of g_i over the steps in which neuron q was active on i. It is base + s_i
+    for an active pair and base for an inactive one.
     """
 
-    starts: np.ndarray  # (n_live,) int64
-    sizes: np.ndarray  # (n_live,) int32
-    scales: np.ndarray  # (n_live,) -a_r / sqrt(m)
-    flipped: np.ndarray  # (n_live,) int32, the step of the last flip
-    spare: np.ndarray  # (n_live,) how far untracked products were below b then, at least
-    margins: np.ndarray  # (n_live,) `spare` when the row was made
+    rows: np.ndarray  # (n_live,) LIVE_ROW
     certificates: np.ndarray  # (n_live,) the distance up to which no pair can have flipped; inf if none can, ever
     points: np.ndarray  # (room,) int32
     products: np.ndarray  # (room,)
     base: np.ndarray  # (room,)
+    vectors: np.ndarray  # (n_live or n_live / 2, d) float32, starting weights
 
 
 class PointData(NamedTuple):
@@ -1335,29 +1346,30 @@ READ, FLIPS, ASLEEP, SHORT, OPERATIONS = range(5)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _count_tracked(products, least_active, thresholds):
-    """For each row: k, how many products are >= least_active; and if k > 0, how many are >= thresholds[k]."""
-    active, tracked = np.zeros(len(products), np.int64), np.zeros(len(products), np.int64)
+def _thresholds(products, least_active, pull, cross, base):
+    """For each row that may be active: base - margin, the least product to track, and how many products reach it."""
+    thresholds, tracked = np.empty(len(products), np.float32), np.zeros(len(products), np.int64)
     one, zero = np.float32(1), np.float32(0)  # counted in the type of the products, for full vectors
     for r in range(len(products)):
         row = products[r]
-        count = zero
+        straight = square = zero
         for i in range(row.size):
-            count += one if row[i] >= least_active else zero
-        active[r] = np.int64(count)
-        if count > zero:
-            least, count = thresholds[active[r]], zero
+            pulled = pull[i] if row[i] >= least_active else zero
+            straight += pulled
+            square += pulled * pulled
+        if straight > zero:
+            least, count = base - min(cross * straight, np.sqrt(square)), zero
             for i in range(row.size):
                 count += one if row[i] >= least else zero
-            tracked[r] = np.int64(count)
-    return active, tracked
+            thresholds[r], tracked[r] = least, np.int64(count)
+    return thresholds, tracked
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _live_rows(rows, room, products, vectors, X, shift, active, thresholds, margins):
+def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
     """Rows of tracked pairs, of the vectors that fire: (vectors, sizes, spare, points, float64 products).
 
-    Candidates come from float32 products and counts that may be too high but not too low.
+    Candidates come from float32 products, which are wrong by `rounding` at most.
     """
     n, d = X.shape
     sizes, live, spare = np.empty(rows.size, np.int32), np.empty(rows.size, np.int64), np.empty(rows.size)
@@ -1366,15 +1378,15 @@ def _live_rows(rows, room, products, vectors, X, shift, active, thresholds, marg
     found = free = 0
     for r in rows:
         w[:] = vectors[r]
-        least, end, k = thresholds[active[r]], free, 0
+        end, fires = free, False
         for j in range(n):
-            if products[r, j] >= least:
+            if products[r, j] >= thresholds[r]:
                 points[end], exact[end] = j, _dot(w, X[j])
-                k += exact[end] >= shift
+                fires |= exact[end] >= shift
                 end += 1
-        if k > 0:
+        if fires:
             live[found], sizes[found] = r, end - free
-            spare[found] = np.inf if end - free == n else margins[active[r]]
+            spare[found] = np.inf if end - free == n else shift - rounding - np.float64(thresholds[r])
             found, free = found + 1, end
     return live[:found], sizes[:found], spare[:found], points[:free], exact[:free]
 
@@ -1416,32 +1428,36 @@ def _move_rows(pairs, due, distance, renew, sums, t, data, counts, outputs, tall
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
     # operations, on which the threads would wait (145 instead of 43 ns a row).
-    starts, sizes, scales, flipped, spares, _, certificates, points, products, base = pairs
+    rows, certificates, points, products, base, _ = pairs
     X, XXt, cross, shift = data
     n, d = X.shape
-    active, factor, moved, w = np.empty(n + 1, np.int64), np.empty(n), np.empty(n), np.empty(d)
+    active, near = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)
+    factor, moved, w = np.empty(n), np.empty(n), np.empty(d)
     widest = cross.max()
     own = 1.0 - widest + 1e-6  # rows of X may be longer than 1 by as much
     operations = 0
     for q in due:
-        first, end = starts[q], starts[q] + sizes[q]
-        last, scale = flipped[q], scales[q]
+        row = rows[q]
+        first, size, scale, last = row.start, row.size, row.scale, row.flipped
         k, spent = 0, 0.0
-        for e in range(first, end):
+        for e in range(first, first + size):
             active[k] = points[e]
             k += products[e] >= shift
         for a in range(k):
             factor[a] = scale * (sums[t, active[a]] - sums[last, active[a]])
             spent += abs(factor[a]) * cross[active[a]]
-        if (end - first) * k <= 4 * d:
-            operations += (end - first) * k
-            for e in range(first, end):
-                h, j = products[e], points[e]
+        flips, still = 0, k
+        on, off = np.inf, np.inf  # how far active and inactive products are from b
+        if size * k <= 4 * d:
+            read = size
+            operations += size * k
+            for e in range(size):
+                h, j = products[first + e], points[first + e]
                 for a in range(k):
                     h += factor[a] * XXt[j, active[a]]
-                moved[e - first] = h
+                moved[e] = h
+                near[e] = e
         else:
-            operations += (end - first + k) * d
             w[:] = 0.0
             for a in range(k):
                 for c in range(d):
@@ -1449,41 +1465,60 @@ def _move_rows(pairs, due, distance, renew, sums, t, data, counts, outputs, tall
             length = 0.0
             for c in range(d):
                 length += w[c] * w[c]
-            spent = min(spent, np.sqrt(length))
-            for e in range(first, end):
-                h, j = products[e], points[e]
+            length = (1.0 + 2e-6) * np.sqrt(length)
+            spent = min(spent, length)
+            read = 0
+            for e in range(size):  # always written, kept if it counts: no branch to mispredict
+                gap = abs(products[first + e] - shift)
+                near[read] = e
+                read += gap <= length
+                far = gap - length if gap > length else np.inf
+                on = far if far < on else on
+            off = on
+            operations += (k + read) * d
+            for z in range(read):
+                h, j = products[first + near[z]], points[first + near[z]]
                 for c in range(d):
                     h += w[c] * X[j, c]
-                moved[e - first] = h
-        flips = still = 0
-        on, off = np.inf, spares[q] - spent  # how far active and inactive products are from b
-        for e in range(first, end):
-            excess = moved[e - first] - shift
-            flips += (excess >= 0.0) != (products[e] >= shift)
-            still += excess >= 0.0
-            on = min(on, excess if excess >= 0.0 else np.inf)
-            off = min(off, -excess if excess < 0.0 else np.inf)
-        short = spares[q] < spent
-        if still > 0:
+                moved[near[z]] = h
+        for z in range(read):
+            excess, was_active = moved[near[z]] - shift, products[first + near[z]] >= shift
+            is_active = excess >= 0.0
+            flips += is_active != was_active
+            still += np.int64(is_active) - np.int64(was_active)
+            on = min(on, excess if is_active else np.inf)
+            off = min(off, np.inf if is_active else -excess)
+        short = row.spare < spent
+        off = min(off, row.spare - spent)
+        if short:
+            certificates[q] = -np.inf
+        elif still > 0:
             certificates[q] = distance + min(on / (still * widest + own), off / (still * widest))
         else:
             certificates[q] = np.inf
-        if short:
-            certificates[q] = -np.inf
-            tally[SHORT] += 1
         if flips > 0 or short or renew:
-            for e in range(first, end):
-                j, excess = points[e], moved[e - first] - shift
+            z = 0
+            for e in range(size):
+                h, j = products[first + e], points[first + e]
+                if z < read and near[z] == e:
+                    z += 1
+                else:
+                    operations += d
+                    moved[e] = h
+                    for c in range(d):
+                        moved[e] += w[c] * X[j, c]
+                excess = moved[e] - shift
                 woke = excess >= 0.0
-                if woke != (products[e] >= shift):
+                if woke != (h >= shift):
                     outputs[j] -= scale * (excess if woke else -excess)
-                    base[e] += -sums[t, j] if woke else sums[t, j]
+                    base[first + e] += -sums[t, j] if woke else sums[t, j]
                     k = _flip(j, woke, active, k, counts)
                     operations += k
-                products[e] = moved[e - first]
-            spares[q] -= spent
-            flipped[q] = t
+                products[first + e] = moved[e]
+            row.spare -= spent
+            row.flipped = t
             tally[FLIPS] += flips
+            tally[SHORT] += short
             tally[ASLEEP] += still == 0 and flips > 0 and not short
     tally[READ] += due.size
     tally[OPERATIONS] += operations
@@ -1510,25 +1545,26 @@ def _widen_rows(pairs, short, made, starts, distance, sums, t, data, counts, out
     """Makes the rows of the neurons `short` anew, from `starts` on, out of all their products `made` (len(short), n) at
     step t, with margins twice as wide. Tracked pairs stay, with their products, since gamma is kept with them.
     """
-    points, products, base, shift = pairs.points, pairs.products, pairs.base, data.shift
+    rows, points, products, base, shift = pairs.rows, pairs.points, pairs.products, pairs.base, data.shift
     n = len(data.X)
     active = np.empty(n + 1, np.int64)
     for z in range(short.size):
         q, free = short[z], starts[z]
-        first, end = pairs.starts[q], pairs.starts[q] + pairs.sizes[q]
+        row = rows[q]
+        first, end = row.start, row.start + row.size
         k, e = 0, first
         for h in range(first, end):
             active[k] = points[h]
             k += products[h] >= shift
-        pairs.margins[q] *= 2.0
+        row.margin *= 2.0
         for j in range(n):
             if e < end and points[e] == j:
                 products[free], base[free] = products[e], base[e]
                 e += 1
-            elif made[z, j] >= shift - pairs.margins[q]:
+            elif made[z, j] >= shift - row.margin:
                 products[free], base[free] = made[z, j], 0.0
                 if made[z, j] >= shift:
-                    outputs[j] -= pairs.scales[q] * (made[z, j] - shift)
+                    outputs[j] -= row.scale * (made[z, j] - shift)
                     base[free] = -sums[t, j]
                     k = _flip(j, True, active, k, counts)
                     tally[FLIPS] += 1
@@ -1536,8 +1572,8 @@ def _widen_rows(pairs, short, made, starts, distance, sums, t, data, counts, out
                 continue
             points[free] = j
             free += 1
-        pairs.starts[q], pairs.sizes[q] = starts[z], free - starts[z]
-        pairs.spare[q] = np.inf if pairs.sizes[q] == n else pairs.margins[q]
+        row.start, row.size = starts[z], free - starts[z]
+        row.spare = np.inf if row.size == n else row.margin
         tally[ASLEEP] += k == 0
         # Certified for no distance at all, so that the next step reads the row.
         pairs.certificates[q] = distance if k > 0 else np.inf
@@ -1556,13 +1592,14 @@ def _widen(pairs, short, made, starts, distance, sums, t, data, counts, outputs,
 @njit(cache=True, fastmath=FAST)
 def _add_outputs(pairs, low, high, sums, t, data, outputs):
     """Adds f at step t of the neurons low, ..., high - 1 to outputs, from their products; no row is changed."""
-    starts, sizes, scales, flipped, _, _, _, points, products, _ = pairs
+    rows, _, points, products, _, _ = pairs
     X, XXt, _, shift = data
     n, d = X.shape
     active, factor, excess, w = np.empty(n + 1, np.int64), np.empty(n), np.empty(n + 1), np.empty(d)
     for q in range(low, high):
-        k, last, scale = 0, flipped[q], scales[q]
-        for e in range(starts[q], starts[q] + sizes[q]):
+        row = rows[q]
+        k, last, scale = 0, row.flipped, row.scale
+        for e in range(row.start, row.start + row.size):
             active[k], excess[k] = points[e], products[e] - shift
             k += products[e] >= shift
         for a in range(k):
@@ -1588,21 +1625,25 @@ def _all_outputs(pairs, sums, t, data):
     """f at step t from all live pairs, in CHUNKS partial sums."""
     partial = np.zeros((CHUNKS, len(data.X)))
     for chunk in prange(CHUNKS):
-        n_live = pairs.starts.size
+        n_live = pairs.rows.size
         _add_outputs(pairs, n_live * chunk // CHUNKS, n_live * (chunk + 1) // CHUNKS, sums, t, data, partial[chunk])
     return partial
 
 
-@njit(cache=True, nogil=True)
-def _add_moves(pairs, neurons, now, data, W):
-    """W[z] += what training has added to the weights of neurons[z]; `now` is the running sum of the steps."""
+@njit(cache=True, nogil=True, fastmath=FAST)
+def _weights(pairs, neurons, now, data):
+    """The weights of some neurons (len(neurons), d)."""
+    X = data.X
+    W = np.empty((neurons.size, X.shape[1]))
     for z in range(neurons.size):
-        q = neurons[z]
-        for e in range(pairs.starts[q], pairs.starts[q] + pairs.sizes[q]):
+        row = pairs.rows[neurons[z]]
+        W[z] = pairs.vectors[row.vector]
+        for e in range(row.start, row.start + row.size):
             gamma = pairs.base[e] + (now[pairs.points[e]] if pairs.products[e] >= data.shift else 0.0)
             if gamma != 0.0:
-                for c in range(W.shape[1]):
-                    W[z, c] += pairs.scales[q] * gamma * data.X[pairs.points[e], c]
+                for c in range(X.shape[1]):
+                    W[z, c] += row.scale * gamma * X[pairs.points[e], c]
+    return W
 
 
 @njit(cache=True)
@@ -1610,11 +1651,11 @@ def _active_pairs(pairs, order, shift):
     """The active sets; neurons are named by where they stand in `order`, ascending."""
     offsets = np.zeros(order.size + 1, np.int64)
     neurons = np.empty(order.size, np.int64)
-    active = np.empty(pairs.sizes.sum(), np.int64)
+    active = np.empty(pairs.rows["size"].sum(), np.int64)
     found = free = 0
     for z in range(order.size):
-        first = free
-        for e in range(pairs.starts[order[z]], pairs.starts[order[z]] + pairs.sizes[order[z]]):
+        first, row = free, pairs.rows[order[z]]
+        for e in range(row.start, row.start + row.size):
             active[free] = pairs.points[e]
             free += pairs.products[e] >= shift
         neurons[found], offsets[found + 1] = z, free
@@ -1951,24 +1992,17 @@ class _Lazy(_Search):
         self.changing = 0
         self.widened = 0  # rows made anew, for those who look inside
 
-    def _margins(self):
-        """Margins (n + 1,) for neurons active on 0, 1, ..., n points.
-
-        Training ends about where each product of an active pair has moved by |y| / (Phi(-b) sqrt(m)), as if the points
-        were orthogonal.
-        """
-        k = np.arange(len(self.X) + 1)
-        reach = np.abs(self.y).max() / max(scipy.special.ndtr(-self.shift), 1e-300) / np.sqrt(self.width)
-        return MARGIN * reach * np.minimum(k * self._data.cross.max(), np.sqrt(k))
-
     def _start(self):
         n, d = self.X.shape
-        X32, margins = self.X.astype(np.float32), self._margins()
+        X32 = self.X.astype(np.float32)
         # No float32 product is further from the float64 one than this; a normal number is below 8.3 (NumPy's ziggurat).
         rounding = (d + 4) * np.finfo(np.float32).eps * 8.3 * np.sqrt(d)
-        lowest, highest = np.finfo(np.float32).min, np.finfo(np.float32).max
-        least_active = np.float32(np.clip(self.shift - rounding, lowest, highest))
-        thresholds = np.clip(self.shift - margins - rounding, lowest, highest).astype(np.float32)
+        largest = np.finfo(np.float32).max
+        least_active, base = np.float32(np.clip(self.shift - np.array([1, 2]) * rounding, -largest, largest))
+        cross = np.float32(self._data.cross.max())
+        # Training ends about where every active product has moved by |y_i| / (Phi(-b) sqrt(m)).
+        reach = max(scipy.special.ndtr(-self.shift), 1e-30) * np.sqrt(self.width)
+        pull = np.minimum(MARGIN * np.abs(self.y) / reach + 1e-30, largest).astype(np.float32)
         piece = max(64, (1 << 19) // n)  # vectors whose products are made together, 2 MB of them
 
         def rows_of(first, vectors, signs):
@@ -1977,12 +2011,12 @@ class _Lazy(_Search):
             for low in range(0, len(vectors), piece):
                 some = vectors[low : low + piece]
                 products = some @ X32.T
-                active, tracked = _count_tracked(products, least_active, thresholds)
-                rows = np.flatnonzero(active)
+                thresholds, tracked = _thresholds(products, least_active, pull, cross, base)
+                rows = np.flatnonzero(tracked)
                 # Rows of equal length together: loops of an expected length are faster by a third.
-                rows = rows[np.lexsort((active[rows], tracked[rows]))]
+                rows = rows[np.argsort(tracked[rows], kind="stable")]
                 room = int(tracked[rows].sum())
-                live, *arrays = _live_rows(rows, room, products, some, self.X, self.shift, active, thresholds, margins)
+                live, *arrays = _live_rows(rows, room, products, some, self.X, self.shift, thresholds, rounding)
                 numbers = np.concatenate([copies * (low + live) + copy for copy in range(copies)])
                 twins = [np.concatenate([array] * copies) for array in arrays]
                 found.append((some[live], first + numbers, signs[numbers], *twins))
@@ -1991,26 +2025,25 @@ class _Lazy(_Search):
         found = [arrays for block in self.draw(rows_of) for arrays in block]
         vectors, live, signs, sizes, spare, points, products = zip(*found, strict=True)
         counts = np.array([len(some) for some in vectors])
-        self._vectors, self.live, self.signs = map(np.concatenate, (vectors, live, signs))
-        copies = self.live.size // max(1, len(self._vectors))
+        vectors, self.live, self.signs, sizes, spare = map(np.concatenate, (vectors, live, signs, sizes, spare))
+        self.n_live, self.signs = self.live.size, self.signs.astype(float)
+        rows = np.empty(self.n_live, LIVE_ROW)
+        copies = self.n_live // max(1, len(vectors))
         firsts = np.cumsum(counts) - counts
         owned = [np.tile(np.arange(low, low + count), copies) for low, count in zip(firsts, counts, strict=True)]
-        self._vector_of = np.concatenate(owned)
-        sizes, spare = np.concatenate(sizes), np.concatenate(spare)
-        self.n_live, self.signs = self.live.size, self.signs.astype(float)
+        rows["vector"] = np.concatenate(owned)
+        rows["start"], rows["size"] = np.cumsum(sizes, dtype=np.int64) - sizes, sizes
+        rows["scale"], rows["flipped"] = self.signs / -np.sqrt(self.width), 0
+        rows["spare"] = rows["margin"] = spare
         self._used = int(sizes.sum())
         room = self._used + self._used // 2  # memory that is not written is not taken
         self._pairs = LivePairs(
-            starts=np.cumsum(sizes, dtype=np.int64) - sizes,
-            sizes=sizes,
-            scales=self.signs / -np.sqrt(self.width),
-            flipped=np.zeros(self.n_live, np.int32),
-            spare=spare,
-            margins=spare.copy(),
+            rows=rows,
             certificates=np.full(self.n_live, -np.inf),
             points=np.empty(room, np.int32),
             products=np.empty(room),
             base=np.zeros(room),
+            vectors=vectors,
         )
         np.concatenate(points, out=self._pairs.points[: self._used])
         np.concatenate(products, out=self._pairs.products[: self._used])
@@ -2049,7 +2082,7 @@ class _Lazy(_Search):
         flips = self._pass(self._ladder[-1][1], np.inf if renew else self._distance, renew)
         if renew:
             self._sums[0] = self._sums[self._time]
-            self._pairs.flipped[:] = self._time = 0
+            self._pairs.rows["flipped"] = self._time = 0
         lap("seconds_query")
         return flips
 
@@ -2086,8 +2119,9 @@ class _Lazy(_Search):
         for low in range(0, short.size, batch):
             some = short[low : low + batch]
             made = self._weights_of(some) @ self.X.T
-            added = np.count_nonzero(made >= (self.shift - 2 * self._pairs.margins[some])[:, None], axis=1)
-            room = np.minimum(self._pairs.sizes[some] + added, n)
+            rows = self._pairs.rows[some]
+            added = np.count_nonzero(made >= (self.shift - 2 * rows["margin"])[:, None], axis=1)
+            room = np.minimum(rows["size"] + added, n)
             ends = self._used + np.cumsum(room)
             self._used = int(ends[-1])
             self._reserve(self._used)
@@ -2119,9 +2153,7 @@ class _Lazy(_Search):
         return active._replace(neurons=self.live[order[active.neurons]])
 
     def _weights_of(self, neurons):
-        W = self._vectors[self._vector_of[neurons]].astype(float)
-        _add_moves(self._pairs, neurons, self._sums[self._time], self._data, W)
-        return W
+        return _weights(self._pairs, neurons, self._sums[self._time], self._data)
 
     def _trained(self):
         return lambda low, high: self._weights_of(np.arange(low, min(high, self.n_live)))
@@ -2131,18 +2163,19 @@ class _Lazy(_Search):
         pairs, n = self._pairs, len(self.X)
         products = self._weights_of(np.arange(self.n_live)) @ self.X.T
         tolerance = 1e-9 * (1.0 + np.abs(products))
-        row = np.repeat(np.arange(self.n_live), pairs.sizes)
-        place = np.arange(row.size) + np.repeat(pairs.starts - np.cumsum(pairs.sizes) + pairs.sizes, pairs.sizes)
+        sizes = pairs.rows["size"]
+        row = np.repeat(np.arange(self.n_live), sizes)
+        place = np.arange(row.size) + np.repeat(pairs.rows["start"] - np.cumsum(sizes) + sizes, sizes)
         points = pairs.points[place]
         tracked, active = np.zeros((2, self.n_live, n), bool)
         tracked[row, points], active[row, points] = True, pairs.products[place] >= self.shift
         assert tracked.sum() == row.size, "a point is tracked twice"
         excess = products - self.shift
         assert np.all((active == (excess >= 0)) | (np.abs(excess) <= tolerance)), "an active pair is missed or made up"
-        changed = np.where(active, self._sums[self._time] - self._sums[pairs.flipped], 0.0)
-        moves = pairs.scales[:, None] * (changed @ self.XXt)
-        stored = pairs.products[place] + moves[row, points]
-        assert np.all(np.abs(stored - products[row, points]) <= tolerance[row, points]), "a tracked product is wrong"
+        changed = np.where(active, self._sums[self._time] - self._sums[pairs.rows["flipped"]], 0.0)
+        moves = pairs.rows["scale"][:, None] * (changed @ self.XXt)
+        error = pairs.products[place] + moves[row, points] - products[row, points]
+        assert np.all(np.abs(error) <= tolerance[row, points]), "a tracked product is wrong"
         coactive = np.tril(active.T.astype(int) @ active)
         assert np.array_equal(np.tril(self.counts), coactive), "counts are not the active sets'"
         assert self.changing == active.any(axis=1).sum(), "the number of neurons that move is wrong"
