@@ -500,10 +500,11 @@ def _grouped(neurons, points):
     return ActiveSets(neurons[starts], np.append(starts, neurons.size), points)
 
 
-def _by_neuron(indptr, indices):
-    """ActiveSets of pairs given in CSR by point."""
-    order = np.argsort(indices, kind="stable")
-    return _grouped(indices[order], np.repeat(np.arange(indptr.size - 1), np.diff(indptr))[order])
+def _by_neuron(indptr, indices, m):
+    """ActiveSets of m neurons, from pairs in CSR by point."""
+    offsets, points = _by_point(ActiveSets(np.arange(indptr.size - 1), indptr, indices), m)
+    neurons = np.flatnonzero(np.diff(offsets))
+    return ActiveSets(neurons, np.append(offsets[neurons], offsets[-1]), points)
 
 
 @njit(cache=True)
@@ -669,7 +670,7 @@ class SparseJacobian(LinearOperator):
     def __init__(self, X, signs, indptr, indices):
         X = _check_matrix("X", X).copy()  # X X^T is kept, so X must not change under it
         signs = _check_signs(signs)
-        active = _by_neuron(*_check_csr(indptr, indices, len(X), signs.size))
+        active = _by_neuron(*_check_csr(indptr, indices, len(X), signs.size), signs.size)
         self._bind(X, X @ X.T, signs[active.neurons], signs.size, active)
 
     @classmethod
@@ -1278,27 +1279,26 @@ def _seed(random_state):
 # ======================================================================================================================
 #
 # A neuron that is active on no training point has no gradient, so it never moves and never wakes. Only *live* neurons,
-# active on some point at the start, are kept, and of their products only the *tracked* ones, >= b - margin.
+# active on some point at the start, are kept, and of their starting products only the *tracked* ones, >= b - margin, in
+# descending order. Nothing else is: products and weights now follow from the pairs that have ever been active,
 #
-# A neuron's row holds its products as they were at its last flip, and nothing is written before the next one. Between
-# flips act(r) does not change, so the products now are
+#     w_r = w_r(0) + dw_r,    dw_r = -m^(-1/2) a_r sum_i gamma[r, i] x_i,    <w_r, x_j> = <w_r(0), x_j> + <dw_r, x_j>,
 #
-#     <w_r, x_j> = stored product - m^(-1/2) a_r sum over i in act(r) of (s_i - s_i(last flip)) <x_i, x_j>
-#
-# with s the running sum of the steps g. Nor need a row be read in every step. Let D be the sum of |g|_inf / sqrt(m) over
-# the steps, the *distance* gone. While D grows by u, a product of a neuron active on k points moves by at most
+# gamma[r, i] being the sum of g_i over the steps in which r was active on i. A look at a neuron need not go further down
+# its row than to b - |dw_r|, for no product has moved by more. Nor need a neuron be looked at in every step. Let D be the
+# sum of |g|_inf / sqrt(m) over the steps, the *distance* gone. While D grows by u, a product of a neuron active on k
+# points moves by at most
 #
 #     u (1 + (k - 1) cross)  if it is active,  u k cross  if not,   cross = largest |<x_i, x_j>| over i != j,
 #
-# so that a neuron whose nearest product is `slack` away from b, and whose untracked products are `spare` away at least,
-# cannot flip before D reaches its certificate. A step reads the rows whose certificates ran out, and no others.
+# which gives each neuron a certificate: the distance up to which no pair of it can have crossed the threshold. A step looks
+# at the neurons whose certificates ran out, and at no others.
 
 
 # Margins are MARGIN times the largest movement expected of a product. @@
 MARGIN = 1.6
 
-# The running sums of so many steps are kept; then all rows are brought up to date, and the sums start anew.
-STEPS_KEPT = 256
+GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments for the average case of Shellsort", 2001
 
 
 # A live neuron. Its pairs are start, ..., start + size - 1. One record takes one cache line, several arrays one each.
@@ -1306,10 +1306,9 @@ LIVE_ROW = np.dtype(
     [
         ("start", np.int64),
         ("scale", np.float64),  # -a_r / sqrt(m)
-        ("spare", np.float64),  # how far untracked products were below b at the last flip, at least
-        ("margin", np.float64),  # `spare` when the row was made
+        ("margin", np.float64),  # starting products that are not tracked are further below b than this
         ("size", np.int32),
-        ("flipped", np.int32),  # the step of the last flip
+        ("reach", np.int32),  # pairs that have ever been active are among so many first ones
         ("vector", np.int32),  # where the starting weights are
     ],
     align=True,
@@ -1317,17 +1316,14 @@ LIVE_ROW = np.dtype(
 
 
 class LivePairs(NamedTuple):
-    """Tracked pairs by live neuron, points ascending.
-
-    The weights follow from gamma[q, i], the sum of g_i over the steps in which neuron q was active on i. It is base + s_i
-    for an active pair and base for an inactive one.
-    """
+    """Tracked pairs by live neuron, starting products descending; gamma is base + (sum of all g_i if active, else 0)."""
 
     rows: np.ndarray  # (n_live,) LIVE_ROW
     certificates: np.ndarray  # (n_live,) the distance up to which no pair can have flipped; inf if none can, ever
     points: np.ndarray  # (room,) int32
-    products: np.ndarray  # (room,)
+    products: np.ndarray  # (room,) at the start
     base: np.ndarray  # (room,)
+    active: np.ndarray  # (room,) bool
     vectors: np.ndarray  # (n_live or n_live / 2, d) float32, starting weights
 
 
@@ -1340,9 +1336,9 @@ class PointData(NamedTuple):
     shift: float
 
 
-# What the rows of a pass add up, chunk by chunk: rows read, flips, neurons that fell asleep for good, rows that fell
-# short of their margin, operations.
-READ, FLIPS, ASLEEP, SHORT, OPERATIONS = range(5)
+# What the looks add up, chunk by chunk: neurons looked at, flips, neurons that came to be active on some point less those
+# that ceased to, neurons whose margin is too small, operations.
+LOOKED_AT, FLIPS, WOKEN, SHORT, OPERATIONS = range(5)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -1365,30 +1361,42 @@ def _thresholds(products, least_active, pull, cross, base):
     return thresholds, tracked
 
 
+@njit(cache=True, nogil=True)
+def _sort_descending(products, points, first, end):
+    """Sorts pairs by product, by Shell's method, which for the short rows that most are is insertion."""
+    for gap in GAPS:
+        for z in range(first + gap, end):
+            product, point, e = products[z], points[z], z
+            while e >= first + gap and products[e - gap] < product:
+                products[e], points[e] = products[e - gap], points[e - gap]
+                e -= gap
+            products[e], points[e] = product, point
+
+
 @njit(cache=True, nogil=True, fastmath=FAST)
 def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
-    """Rows of tracked pairs, of the vectors that fire: (vectors, sizes, spare, points, float64 products).
+    """Rows of tracked pairs, of the vectors that fire: (vectors, sizes, margins, points, float64 products).
 
     Candidates come from float32 products, which are wrong by `rounding` at most.
     """
     n, d = X.shape
-    sizes, live, spare = np.empty(rows.size, np.int32), np.empty(rows.size, np.int64), np.empty(rows.size)
+    sizes, live, margins = np.empty(rows.size, np.int32), np.empty(rows.size, np.int64), np.empty(rows.size)
     points, exact = np.empty(room, np.int32), np.empty(room)
     w = np.empty(d)
     found = free = 0
     for r in rows:
         w[:] = vectors[r]
-        end, fires = free, False
+        end = free
         for j in range(n):
             if products[r, j] >= thresholds[r]:
                 points[end], exact[end] = j, _dot(w, X[j])
-                fires |= exact[end] >= shift
                 end += 1
-        if fires:
+        _sort_descending(exact, points, free, end)
+        if exact[free] >= shift:
             live[found], sizes[found] = r, end - free
-            spare[found] = np.inf if end - free == n else shift - rounding - np.float64(thresholds[r])
+            margins[found] = np.inf if end - free == n else shift - rounding - np.float64(thresholds[r])
             found, free = found + 1, end
-    return live[:found], sizes[:found], spare[:found], points[:free], exact[:free]
+    return live[:found], sizes[:found], margins[:found], points[:free], exact[:free]
 
 
 @njit(cache=True)
@@ -1402,132 +1410,105 @@ def _below(certificates, neurons, low, high, distance, out):
 
 
 @njit(cache=True)
-def _flip(j, woke, active, k, counts):
-    """Adds point j to the k active points or takes it from them, counts[i, j] for all i along with it; returns new k."""
+def _flip(j, woke, firing, k, counts):
+    """Adds point j to the k points in `firing` or takes it from them, counts[i, j] along with it; returns the new k."""
     if woke:
-        active[k] = j
+        firing[k] = j
         k += 1
     place = 0
     for a in range(k):
-        i = active[a]
+        i = firing[a]
         counts[max(i, j), min(i, j)] += 1 if woke else -1
         place = a if i == j else place
     if not woke:
         k -= 1
-        active[place] = active[k]
+        firing[place] = firing[k]
     return k
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def _move_rows(pairs, due, distance, renew, sums, t, data, counts, outputs, tally):
-    """Reads the rows of the neurons `due`, moves them to step t, and makes out new certificates.
-
-    Writes the moved products where a pair flipped, or everywhere to `renew`; adds what the flips change to
-    counts[i, j] = |Q_i n Q_j|, j <= i, and to the outputs f. The certificate of a row whose untracked products may have
-    reached the threshold becomes -inf.
+def _look(pairs, due, distance, sums, data, counts, outputs, tally):
+    """Looks at the neurons `due`: finds their flips, adds what these change to counts[i, j] = |Q_i n Q_j|, j <= i, and to
+    the outputs f, and makes out new certificates; -inf for a neuron whose untracked products may have reached b.
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
     # operations, on which the threads would wait (145 instead of 43 ns a row).
-    rows, certificates, points, products, base, _ = pairs
+    rows, certificates, points, products, base, active, _ = pairs
     X, XXt, cross, shift = data
     n, d = X.shape
-    active, near = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)
-    factor, moved, w = np.empty(n), np.empty(n), np.empty(d)
+    firing, moved_by, factors, w = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), np.empty(n + 1), np.empty(d)
     widest = cross.max()
     own = 1.0 - widest + 1e-6  # rows of X may be longer than 1 by as much
-    operations = 0
+    operations = flips = woken = shorts = 0
     for q in due:
         row = rows[q]
-        first, size, scale, last = row.start, row.size, row.scale, row.flipped
-        k, spent = 0, 0.0
-        for e in range(first, first + size):
-            active[k] = points[e]
-            k += products[e] >= shift
-        for a in range(k):
-            factor[a] = scale * (sums[t, active[a]] - sums[last, active[a]])
-            spent += abs(factor[a]) * cross[active[a]]
-        flips, still = 0, k
-        on, off = np.inf, np.inf  # how far active and inactive products are from b
-        if size * k <= 4 * d:
-            read = size
-            operations += size * k
-            for e in range(size):
-                h, j = products[first + e], points[first + e]
-                for a in range(k):
-                    h += factor[a] * XXt[j, active[a]]
-                moved[e] = h
-                near[e] = e
-        else:
+        first, size, reach, scale = row.start, row.size, row.reach, row.scale
+        k, c, bound = 0, 0, 0.0
+        for e in range(first, first + reach):  # always written, kept if it counts: no branch to mispredict
+            j = points[e]
+            gamma = base[e] + (sums[j] if active[e] else 0.0)
+            moved_by[c], factors[c] = j, scale * gamma
+            bound += abs(factors[c]) * cross[j]
+            c += gamma != 0.0
+            firing[k] = j
+            k += active[e]
+        through_X = c * size > 4 * d
+        if through_X:
             w[:] = 0.0
-            for a in range(k):
-                for c in range(d):
-                    w[c] += factor[a] * X[active[a], c]
+            for a in range(c):
+                for z in range(d):
+                    w[z] += factors[a] * X[moved_by[a], z]
             length = 0.0
-            for c in range(d):
-                length += w[c] * w[c]
-            length = (1.0 + 2e-6) * np.sqrt(length)
-            spent = min(spent, length)
-            read = 0
-            for e in range(size):  # always written, kept if it counts: no branch to mispredict
-                gap = abs(products[first + e] - shift)
-                near[read] = e
-                read += gap <= length
-                far = gap - length if gap > length else np.inf
-                on = far if far < on else on
-            off = on
-            operations += (k + read) * d
-            for z in range(read):
-                h, j = products[first + near[z]], points[first + near[z]]
-                for c in range(d):
-                    h += w[c] * X[j, c]
-                moved[near[z]] = h
-        for z in range(read):
-            excess, was_active = moved[near[z]] - shift, products[first + near[z]] >= shift
+            for z in range(d):
+                length += w[z] * w[z]
+            bound = min(bound, (1.0 + 2e-6) * np.sqrt(length))
+            operations += c * d
+        stop = reach
+        while stop < size and products[first + stop] >= shift - bound:
+            stop += 1
+        still, on, off = k, np.inf, np.inf  # how many pairs are active; how far active and inactive ones are from b
+        for e in range(first, first + stop):
+            h, j = products[e], points[e]
+            if through_X:
+                for z in range(d):
+                    h += w[z] * X[j, z]
+            else:
+                for a in range(c):
+                    h += factors[a] * XXt[j, moved_by[a]]
+            excess = h - shift
             is_active = excess >= 0.0
-            flips += is_active != was_active
-            still += np.int64(is_active) - np.int64(was_active)
             on = min(on, excess if is_active else np.inf)
             off = min(off, np.inf if is_active else -excess)
-        short = row.spare < spent
-        off = min(off, row.spare - spent)
-        if short:
-            certificates[q] = -np.inf
+            if is_active != active[e]:
+                outputs[j] -= scale * abs(excess)
+                base[e] += -sums[j] if is_active else sums[j]
+                active[e] = is_active
+                still = _flip(j, is_active, firing, still, counts)
+                reach = max(reach, e + 1 - first)
+                flips += 1
+                operations += still
+        operations += stop * (d if through_X else c)
+        off = min(off, (shift - products[first + stop] if stop < size else row.margin) - bound)
+        certificate = np.inf
+        if off < 0.0:
+            certificate = -np.inf
+            shorts += 1
         elif still > 0:
-            certificates[q] = distance + min(on / (still * widest + own), off / (still * widest))
-        else:
-            certificates[q] = np.inf
-        if flips > 0 or short or renew:
-            z = 0
-            for e in range(size):
-                h, j = products[first + e], points[first + e]
-                if z < read and near[z] == e:
-                    z += 1
-                else:
-                    operations += d
-                    moved[e] = h
-                    for c in range(d):
-                        moved[e] += w[c] * X[j, c]
-                excess = moved[e] - shift
-                woke = excess >= 0.0
-                if woke != (h >= shift):
-                    outputs[j] -= scale * (excess if woke else -excess)
-                    base[first + e] += -sums[t, j] if woke else sums[t, j]
-                    k = _flip(j, woke, active, k, counts)
-                    operations += k
-                products[first + e] = moved[e]
-            row.spare -= spent
-            row.flipped = t
-            tally[FLIPS] += flips
-            tally[SHORT] += short
-            tally[ASLEEP] += still == 0 and flips > 0 and not short
-    tally[READ] += due.size
+            certificate = distance + min(on / (still * widest + own), off / (still * widest))
+        certificates[q] = certificate
+        woken += (still > 0) - (k > 0)
+        row.reach = reach
+    tally[LOOKED_AT] += due.size
+    tally[FLIPS] += flips
+    tally[WOKEN] += woken
+    tally[SHORT] += shorts
     tally[OPERATIONS] += operations
 
 
 @njit(parallel=True, cache=True)
-def _walk(pairs, neurons, due_by, distance, horizon, renew, sums, t, data, counts, outputs, tallies, near, near_sizes):
-    """_move_rows for those of `neurons` whose certificates are at most `due_by`; then writes those of them whose
-    certificates are at most `horizon` to near, in CHUNKS pieces of near_sizes.
+def _walk(pairs, neurons, distance, horizon, sums, data, counts, outputs, tallies, near, near_sizes):
+    """_look at those of `neurons` whose certificates ran out; then writes those of them whose certificates are at most
+    `horizon` to near, in CHUNKS pieces of near_sizes.
 
     Outputs and tallies are added up in CHUNKS parts, and counts, which are whole numbers, in one for each thread.
     """
@@ -1535,132 +1516,122 @@ def _walk(pairs, neurons, due_by, distance, horizon, renew, sums, t, data, count
         due = np.empty(neurons.size // CHUNKS + 1, np.int32)
         for chunk in range(CHUNKS * thread // len(counts), CHUNKS * (thread + 1) // len(counts)):
             low, high = neurons.size * chunk // CHUNKS, neurons.size * (chunk + 1) // CHUNKS
-            mine = due[: _below(pairs.certificates, neurons, low, high, due_by, due)]
-            _move_rows(pairs, mine, distance, renew, sums, t, data, counts[thread], outputs[chunk], tallies[chunk])
+            mine = due[: _below(pairs.certificates, neurons, low, high, distance, due)]
+            _look(pairs, mine, distance, sums, data, counts[thread], outputs[chunk], tallies[chunk])
             near_sizes[chunk] = _below(pairs.certificates, neurons, low, high, horizon, near[low:])
 
 
-@njit(cache=True, error_model="numpy")
-def _widen_rows(pairs, short, made, starts, distance, sums, t, data, counts, outputs, tally):
-    """Makes the rows of the neurons `short` anew, from `starts` on, out of all their products `made` (len(short), n) at
-    step t, with margins twice as wide. Tracked pairs stay, with their products, since gamma is kept with them.
-    """
-    rows, points, products, base, shift = pairs.rows, pairs.points, pairs.products, pairs.base, data.shift
-    n = len(data.X)
-    active = np.empty(n + 1, np.int64)
+@njit(cache=True)
+def _widen_rows(pairs, short, made, margins, starts, shift):
+    """Makes the rows of the neurons `short` anew, from `starts` on, with wider margins, out of all their starting products
+    `made` (len(short), n)."""
+    rows, points, products, base, active = pairs.rows, pairs.points, pairs.products, pairs.base, pairs.active
+    n = made.shape[1]
+    old_base, old_active = np.zeros(n), np.zeros(n, np.bool_)
     for z in range(short.size):
-        q, free = short[z], starts[z]
-        row = rows[q]
-        first, end = row.start, row.start + row.size
-        k, e = 0, first
-        for h in range(first, end):
-            active[k] = points[h]
-            k += products[h] >= shift
-        row.margin *= 2.0
+        row = rows[short[z]]
+        for e in range(row.start, row.start + row.reach):
+            old_base[points[e]], old_active[points[e]] = base[e], active[e]
+        row.start, row.margin = starts[z], margins[z]
+        end = row.start
         for j in range(n):
-            if e < end and points[e] == j:
-                products[free], base[free] = products[e], base[e]
-                e += 1
-            elif made[z, j] >= shift - row.margin:
-                products[free], base[free] = made[z, j], 0.0
-                if made[z, j] >= shift:
-                    outputs[j] -= row.scale * (made[z, j] - shift)
-                    base[free] = -sums[t, j]
-                    k = _flip(j, True, active, k, counts)
-                    tally[FLIPS] += 1
-            else:
-                continue
-            points[free] = j
-            free += 1
-        row.start, row.size = starts[z], free - starts[z]
-        row.spare = np.inf if row.size == n else row.margin
-        tally[ASLEEP] += k == 0
-        # Certified for no distance at all, so that the next step reads the row.
-        pairs.certificates[q] = distance if k > 0 else np.inf
-    tally[OPERATIONS] += made.size
+            if made[z, j] >= shift - row.margin:
+                points[end], products[end] = j, made[z, j]
+                end += 1
+        _sort_descending(products, points, row.start, end)
+        row.size = end - row.start
+        for e in range(row.start, end):
+            base[e], active[e] = old_base[points[e]], old_active[points[e]]
+            old_base[points[e]], old_active[points[e]] = 0.0, False
+            if base[e] != 0.0 or active[e]:
+                row.reach = e + 1 - row.start
+        if row.size == n:
+            row.margin = np.inf
 
 
 @njit(parallel=True, cache=True)
-def _widen(pairs, short, made, starts, distance, sums, t, data, counts, outputs, tallies):
-    for thread in prange(len(counts)):
-        for chunk in range(CHUNKS * thread // len(counts), CHUNKS * (thread + 1) // len(counts)):
-            part = slice(short.size * chunk // CHUNKS, short.size * (chunk + 1) // CHUNKS)
-            arguments = counts[thread], outputs[chunk], tallies[chunk]
-            _widen_rows(pairs, short[part], made[part], starts[part], distance, sums, t, data, *arguments)
+def _widen(pairs, short, made, margins, starts, shift):
+    for chunk in prange(CHUNKS):
+        part = slice(short.size * chunk // CHUNKS, short.size * (chunk + 1) // CHUNKS)
+        _widen_rows(pairs, short[part], made[part], margins[part], starts[part], shift)
 
 
 @njit(cache=True, fastmath=FAST)
-def _add_outputs(pairs, low, high, sums, t, data, outputs):
-    """Adds f at step t of the neurons low, ..., high - 1 to outputs, from their products; no row is changed."""
-    rows, _, points, products, _, _ = pairs
+def _add_outputs(pairs, low, high, sums, data, outputs):
+    """Adds f of the neurons low, ..., high - 1 to outputs, from their pairs."""
+    rows, _, points, products, base, active, _ = pairs
     X, XXt, _, shift = data
     n, d = X.shape
-    active, factor, excess, w = np.empty(n + 1, np.int64), np.empty(n), np.empty(n + 1), np.empty(d)
+    firing, excess, moved_by, factors = (
+        np.empty(n + 1, np.int64),
+        np.empty(n + 1),
+        np.empty(n + 1, np.int64),
+        np.empty(n + 1),
+    )
+    w = np.empty(d)
     for q in range(low, high):
         row = rows[q]
-        k, last, scale = 0, row.flipped, row.scale
-        for e in range(row.start, row.start + row.size):
-            active[k], excess[k] = points[e], products[e] - shift
-            k += products[e] >= shift
-        for a in range(k):
-            factor[a] = scale * (sums[t, active[a]] - sums[last, active[a]])
-        if k <= d:
+        k, c, scale = 0, 0, row.scale
+        for e in range(row.start, row.start + row.reach):
+            j = points[e]
+            gamma = base[e] + (sums[j] if active[e] else 0.0)
+            moved_by[c], factors[c] = j, scale * gamma
+            c += gamma != 0.0
+            firing[k], excess[k] = j, products[e] - shift
+            k += active[e]
+        if c * k <= 2 * d:
             for h in range(k):
-                for a in range(k):
-                    excess[h] += factor[a] * XXt[active[h], active[a]]
+                for a in range(c):
+                    excess[h] += factors[a] * XXt[firing[h], moved_by[a]]
         else:
             w[:] = 0.0
-            for a in range(k):
-                for c in range(d):
-                    w[c] += factor[a] * X[active[a], c]
+            for a in range(c):
+                for z in range(d):
+                    w[z] += factors[a] * X[moved_by[a], z]
             for h in range(k):
-                for c in range(d):
-                    excess[h] += w[c] * X[active[h], c]
+                for z in range(d):
+                    excess[h] += w[z] * X[firing[h], z]
         for h in range(k):
-            outputs[active[h]] -= scale * excess[h]
+            outputs[firing[h]] -= scale * excess[h]
 
 
 @njit(parallel=True, cache=True)
-def _all_outputs(pairs, sums, t, data):
-    """f at step t from all live pairs, in CHUNKS partial sums."""
+def _all_outputs(pairs, sums, data):
+    """f from all live pairs, in CHUNKS partial sums."""
     partial = np.zeros((CHUNKS, len(data.X)))
     for chunk in prange(CHUNKS):
         n_live = pairs.rows.size
-        _add_outputs(pairs, n_live * chunk // CHUNKS, n_live * (chunk + 1) // CHUNKS, sums, t, data, partial[chunk])
+        _add_outputs(pairs, n_live * chunk // CHUNKS, n_live * (chunk + 1) // CHUNKS, sums, data, partial[chunk])
     return partial
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _weights(pairs, neurons, now, data):
-    """The weights of some neurons (len(neurons), d)."""
-    X = data.X
-    W = np.empty((neurons.size, X.shape[1]))
+def _moves(pairs, neurons, sums, X):
+    """dw of some neurons (len(neurons), d)."""
+    dW = np.zeros((neurons.size, X.shape[1]))
     for z in range(neurons.size):
         row = pairs.rows[neurons[z]]
-        W[z] = pairs.vectors[row.vector]
-        for e in range(row.start, row.start + row.size):
-            gamma = pairs.base[e] + (now[pairs.points[e]] if pairs.products[e] >= data.shift else 0.0)
+        for e in range(row.start, row.start + row.reach):
+            gamma = pairs.base[e] + (sums[pairs.points[e]] if pairs.active[e] else 0.0)
             if gamma != 0.0:
                 for c in range(X.shape[1]):
-                    W[z, c] += row.scale * gamma * X[pairs.points[e], c]
-    return W
+                    dW[z, c] += row.scale * gamma * X[pairs.points[e], c]
+    return dW
 
 
 @njit(cache=True)
-def _active_pairs(pairs, order, shift):
-    """The active sets; neurons are named by where they stand in `order`, ascending."""
-    offsets = np.zeros(order.size + 1, np.int64)
-    neurons = np.empty(order.size, np.int64)
-    active = np.empty(pairs.rows["size"].sum(), np.int64)
-    found = free = 0
+def _active_pairs(pairs, order):
+    """Active pairs of the neurons `order`, each named by where it stands there: (indptr, points), not sorted by point."""
+    indptr = np.zeros(order.size + 1, np.int64)
+    points = np.empty(pairs.rows["reach"].sum() + 1, np.int64)
+    free = 0
     for z in range(order.size):
-        first, row = free, pairs.rows[order[z]]
-        for e in range(row.start, row.start + row.size):
-            active[free] = pairs.points[e]
-            free += pairs.products[e] >= shift
-        neurons[found], offsets[found + 1] = z, free
-        found += free > first
-    return ActiveSets(neurons[:found].copy(), offsets[: found + 1].copy(), active[:free].copy())
+        row = pairs.rows[order[z]]
+        for e in range(row.start, row.start + row.reach):
+            points[free] = pairs.points[e]
+            free += pairs.active[e]
+        indptr[z + 1] = free
+    return indptr, points[:free].copy()
 
 
 class _CountedJacobian(SparseJacobian):
@@ -1987,7 +1958,7 @@ class _Lazy(_Search):
         n = len(self.X)
         cross = np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1)
         self._data = PointData(self.X, self.XXt, np.maximum(cross, 1e-12), self.shift)
-        self._sums, self._time = np.zeros((STEPS_KEPT, n)), 0
+        self._sum = np.zeros(n)
         self._distance = self._last_move = 0.0
         self.changing = 0
         self.widened = 0  # rows made anew, for those who look inside
@@ -2023,38 +1994,30 @@ class _Lazy(_Search):
             return found
 
         found = [arrays for block in self.draw(rows_of) for arrays in block]
-        vectors, live, signs, sizes, spare, points, products = zip(*found, strict=True)
+        vectors, live, signs, sizes, margins, points, products = zip(*found, strict=True)
         counts = np.array([len(some) for some in vectors])
-        vectors, self.live, self.signs, sizes, spare = map(np.concatenate, (vectors, live, signs, sizes, spare))
+        vectors, self.live, self.signs, sizes, margins = map(np.concatenate, (vectors, live, signs, sizes, margins))
         self.n_live, self.signs = self.live.size, self.signs.astype(float)
-        rows = np.empty(self.n_live, LIVE_ROW)
+        rows = np.zeros(self.n_live, LIVE_ROW)
         copies = self.n_live // max(1, len(vectors))
         firsts = np.cumsum(counts) - counts
         owned = [np.tile(np.arange(low, low + count), copies) for low, count in zip(firsts, counts, strict=True)]
         rows["vector"] = np.concatenate(owned)
         rows["start"], rows["size"] = np.cumsum(sizes, dtype=np.int64) - sizes, sizes
-        rows["scale"], rows["flipped"] = self.signs / -np.sqrt(self.width), 0
-        rows["spare"] = rows["margin"] = spare
+        rows["scale"], rows["margin"] = self.signs / -np.sqrt(self.width), margins
         self._used = int(sizes.sum())
-        room = self._used + self._used // 2  # memory that is not written is not taken
         self._pairs = LivePairs(
             rows=rows,
             certificates=np.full(self.n_live, -np.inf),
-            points=np.empty(room, np.int32),
-            products=np.empty(room),
-            base=np.zeros(room),
+            points=np.concatenate(points),
+            products=np.concatenate(products),
+            base=np.zeros(self._used),
+            active=np.zeros(self._used, bool),
             vectors=vectors,
         )
-        np.concatenate(points, out=self._pairs.points[: self._used])
-        np.concatenate(products, out=self._pairs.products[: self._used])
         self._ladder = [(np.inf, np.arange(self.n_live, dtype=np.int32))]
-        self.counts = np.zeros((n, n), np.int32)
-        self.outputs = np.zeros(n)
-        self._pass(self._ladder[0][1], np.inf, renew=False)
-        gathered = self.gathered()
-        self.counts = _coactivity_of(gathered, n)
-        self.changing = gathered.neurons.size
-        self.settle()
+        self.counts, self.outputs = np.zeros((n, n), np.int32), np.zeros(n)
+        self._pass()  # every active pair is found to have woken
 
     @property
     def pairs(self):
@@ -2073,21 +2036,29 @@ class _Lazy(_Search):
         del self.gram
         self._last_move = np.abs(step).max() / np.sqrt(self.width)
         self._distance += self._last_move
-        self._time += 1
-        self._sums[self._time] = self._sums[self._time - 1] + step
+        self._sum += step
         lap("seconds_update")
-        renew = self._time == STEPS_KEPT - 1
-        while self._ladder[-1][0] < self._distance or (renew and len(self._ladder) > 1):
+        while self._ladder[-1][0] < self._distance:
             self._ladder.pop()
-        flips = self._pass(self._ladder[-1][1], np.inf if renew else self._distance, renew)
-        if renew:
-            self._sums[0] = self._sums[self._time]
-            self._pairs.rows["flipped"] = self._time = 0
+        flips = self._pass()
         lap("seconds_query")
         return flips
 
-    def _pass(self, neurons, due_by, renew):
-        """Reads the rows of neurons whose certificates are at most due_by; returns the number of flips."""
+    def _pass(self):
+        """Looks at the neurons whose certificates ran out; returns the number of flips."""
+        neurons = self._ladder[-1][1]
+        near, flips = self._look_among(neurons)
+        short = near[self._pairs.certificates[near] == -np.inf]
+        if short.size:
+            self._widen(short)
+            flips += self._look_among(short)[1]
+        if near.size < neurons.size // 2:
+            self._ladder.append((self._distance + self._last_move, near))
+        return flips
+
+    def _look_among(self, neurons):
+        """Looks at those of the neurons whose certificates ran out; returns those whose certificates are shorter than one
+        more move like the last one, and the number of flips."""
         n = len(self.X)
         work = 8 * neurons.size
         threads = min(numba.get_num_threads(), max(1, (1 << 26) // n**2)) if work >= 1 << 16 else 1
@@ -2095,37 +2066,34 @@ class _Lazy(_Search):
         outputs, tallies = np.zeros((CHUNKS, n)), np.zeros((CHUNKS, 5), np.int64)
         near, near_sizes = np.empty_like(neurons), np.empty(CHUNKS, np.int64)
         horizon = self._distance + self._last_move
-        state = self._sums, self._time, self._data, counts, outputs, tallies
-        _run(_walk, work, self._pairs, neurons, due_by, self._distance, horizon, renew, *state, near, near_sizes)
+        state = self._sum, self._data, counts, outputs, tallies
+        _run(_walk, work, self._pairs, neurons, self._distance, horizon, *state, near, near_sizes)
         firsts = neurons.size * np.arange(CHUNKS) // CHUNKS
         near = np.concatenate([near[low : low + size] for low, size in zip(firsts, near_sizes, strict=True)])
-        if tallies[:, SHORT].any():
-            self._widen(near[self._pairs.certificates[near] == -np.inf], state)
-        if near.size < neurons.size // 2:
-            self._ladder.append((horizon, near))
         self.counts += counts.sum(axis=0, dtype=np.int32)
         self.outputs += outputs.sum(axis=0)
-        read, flips, asleep, _, operations = map(int, tallies.sum(axis=0))
-        self.looked_at += read
+        looked_at, flips, woken, _, operations = map(int, tallies.sum(axis=0))
+        self.looked_at += looked_at
         self.operations += operations + neurons.size + self.counts.size
-        self.changing -= asleep
-        return flips
+        self.changing += woken
+        return near, flips
 
-    def _widen(self, short, state):
-        """Makes rows anew whose margins ran out."""
+    def _widen(self, short):
+        """Makes rows anew whose margins are too small, with margins twice as wide as is needed now."""
         n = len(self.X)
         self.widened += short.size
         batch = max(1, (1 << 20) // n)
         for low in range(0, short.size, batch):
             some = short[low : low + batch]
-            made = self._weights_of(some) @ self.X.T
             rows = self._pairs.rows[some]
-            added = np.count_nonzero(made >= (self.shift - 2 * rows["margin"])[:, None], axis=1)
-            room = np.minimum(rows["size"] + added, n)
-            ends = self._used + np.cumsum(room)
-            self._used = int(ends[-1])
+            made = self._pairs.vectors[rows["vector"]].astype(float) @ self.X.T
+            moved = np.linalg.norm(_moves(self._pairs, some, self._sum, self.X), axis=1)
+            margins = 2.0 * np.maximum(rows["margin"], moved)
+            ends = self._used + np.cumsum(np.count_nonzero(made >= (self.shift - margins)[:, None], axis=1))
+            starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
             self._reserve(self._used)
-            _run(_widen, made.size, self._pairs, some, made, ends - room, self._distance, *state)
+            _run(_widen, made.size, self._pairs, some, made, margins, starts, self.shift)
+            self.operations += made.size * self.X.shape[1]
 
     def _reserve(self, room):
         """Makes room for so many pairs."""
@@ -2135,47 +2103,58 @@ class _Lazy(_Search):
             self._pairs = pairs._replace(
                 **{
                     name: np.concatenate([getattr(pairs, name), np.empty(more, getattr(pairs, name).dtype)])
-                    for name in ("points", "products", "base")
+                    for name in ("points", "products", "base", "active")
                 }
             )
 
     def settle(self):
-        partial = _run(_all_outputs, 4 * self._used, self._pairs, self._sums, self._time, self._data)
-        self.outputs = partial.sum(axis=0)
+        self.outputs = _run(_all_outputs, 4 * self._used, self._pairs, self._sum, self._data).sum(axis=0)
 
-    def gathered(self):
-        """The active sets, neurons by row."""
-        return _active_pairs(self._pairs, np.arange(self.n_live), self.shift)
+    def gathered(self, order=None):
+        """The active sets, neurons by row or by where their rows stand in `order`."""
+        order = np.arange(self.n_live) if order is None else order
+        by_neuron = ActiveSets(np.arange(order.size), *_active_pairs(self._pairs, order))
+        return _by_neuron(*_by_point(by_neuron, len(self.X)), order.size)
 
     def active_sets(self):
         order = np.argsort(self.live)
-        active = _active_pairs(self._pairs, order, self.shift)
+        active = self.gathered(order)
         return active._replace(neurons=self.live[order[active.neurons]])
 
-    def _weights_of(self, neurons):
-        return _weights(self._pairs, neurons, self._sums[self._time], self._data)
-
     def _trained(self):
-        return lambda low, high: self._weights_of(np.arange(low, min(high, self.n_live)))
+        pairs = self._pairs
+
+        def trained(low, high):
+            neurons = np.arange(low, min(high, self.n_live))
+            return pairs.vectors[pairs.rows["vector"][neurons]] + _moves(pairs, neurons, self._sum, self.X)
+
+        return trained
 
     def check(self):
         """Asserts every invariant of the live pairs against the weights and all products of live neurons."""
         pairs, n = self._pairs, len(self.X)
-        products = self._weights_of(np.arange(self.n_live)) @ self.X.T
+        rows = pairs.rows
+        start = pairs.vectors[rows["vector"]] @ self.X.T
+        moves = _moves(pairs, np.arange(self.n_live), self._sum, self.X)
+        products = start + moves @ self.X.T
         tolerance = 1e-9 * (1.0 + np.abs(products))
-        sizes = pairs.rows["size"]
-        row = np.repeat(np.arange(self.n_live), sizes)
-        place = np.arange(row.size) + np.repeat(pairs.rows["start"] - np.cumsum(sizes) + sizes, sizes)
+        neuron = np.repeat(np.arange(self.n_live), rows["size"])
+        rank = np.arange(neuron.size) - np.repeat(np.cumsum(rows["size"]) - rows["size"], rows["size"])
+        place = rank + rows["start"][neuron]
         points = pairs.points[place]
         tracked, active = np.zeros((2, self.n_live, n), bool)
-        tracked[row, points], active[row, points] = True, pairs.products[place] >= self.shift
-        assert tracked.sum() == row.size, "a point is tracked twice"
+        tracked[neuron, points], active[neuron, points] = True, pairs.active[place]
+        assert tracked.sum() == neuron.size, "a point is tracked twice"
         excess = products - self.shift
         assert np.all((active == (excess >= 0)) | (np.abs(excess) <= tolerance)), "an active pair is missed or made up"
-        changed = np.where(active, self._sums[self._time] - self._sums[pairs.rows["flipped"]], 0.0)
-        moves = pairs.rows["scale"][:, None] * (changed @ self.XXt)
-        error = pairs.products[place] + moves[row, points] - products[row, points]
-        assert np.all(np.abs(error) <= tolerance[row, points]), "a tracked product is wrong"
+        error = np.abs(pairs.products[place] - start[neuron, points])
+        assert np.all(error <= tolerance[neuron, points]), "a tracked product is wrong"
+        ascends = np.diff(pairs.products[place], prepend=0.0) > 0
+        assert not np.any(ascends & (rank > 0)), "tracked products are not in descending order"
+        below = self.shift - rows["margin"][:, None]
+        assert np.all(tracked | (start <= below + tolerance)), "a product within the margin is not tracked"
+        touched = pairs.active[place] | (pairs.base[place] != 0.0)
+        assert np.all(rank[touched] < rows["reach"][neuron[touched]]), "a pair was active beyond the reach of its row"
         coactive = np.tril(active.T.astype(int) @ active)
         assert np.array_equal(np.tril(self.counts), coactive), "counts are not the active sets'"
         assert self.changing == active.any(axis=1).sum(), "the number of neurons that move is wrong"
