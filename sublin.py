@@ -1315,15 +1315,16 @@ LIVE_ROW = np.dtype(
 )
 
 
+# A tracked pair. gamma is base + (sum of all g_i if active, else 0).
+PAIR = np.dtype([("product", np.float64), ("base", np.float64), ("point", np.int32), ("active", np.int32)], align=True)
+
+
 class LivePairs(NamedTuple):
-    """Tracked pairs by live neuron, starting products descending; gamma is base + (sum of all g_i if active, else 0)."""
+    """Tracked pairs by live neuron, starting products descending."""
 
     rows: np.ndarray  # (n_live,) LIVE_ROW
     certificates: np.ndarray  # (n_live,) the distance up to which no pair can have flipped; inf if none can, ever
-    points: np.ndarray  # (room,) int32
-    products: np.ndarray  # (room,) at the start
-    base: np.ndarray  # (room,)
-    active: np.ndarray  # (room,) bool
+    pairs: np.ndarray  # (room,) PAIR
     vectors: np.ndarray  # (n_live or n_live / 2, d) float32, starting weights
 
 
@@ -1343,45 +1344,47 @@ LOOKED_AT, FLIPS, WOKEN, SHORT, OPERATIONS = range(5)
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def _thresholds(products, least_active, pull, cross, base):
-    """For each row that may be active: base - margin, the least product to track, and how many products reach it."""
-    thresholds, tracked = np.empty(len(products), np.float32), np.zeros(len(products), np.int64)
+    """For each row: how many products may be active; if any, base - margin, the least product to track; how many are."""
+    active, tracked = np.zeros(len(products), np.int64), np.zeros(len(products), np.int64)
+    thresholds = np.empty(len(products), np.float32)
     one, zero = np.float32(1), np.float32(0)  # counted in the type of the products, for full vectors
     for r in range(len(products)):
         row = products[r]
-        straight = square = zero
+        straight = square = count = zero
         for i in range(row.size):
+            count += one if row[i] >= least_active else zero
             pulled = pull[i] if row[i] >= least_active else zero
             straight += pulled
             square += pulled * pulled
-        if straight > zero:
+        active[r] = np.int64(count)
+        if count > zero:
             least, count = base - min(cross * straight, np.sqrt(square)), zero
             for i in range(row.size):
                 count += one if row[i] >= least else zero
             thresholds[r], tracked[r] = least, np.int64(count)
-    return thresholds, tracked
+    return active, thresholds, tracked
 
 
 @njit(cache=True, nogil=True)
-def _sort_descending(products, points, first, end):
-    """Sorts pairs by product, by Shell's method, which for the short rows that most are is insertion."""
+def _sort_descending(pairs, first, end):
+    """Sorts new pairs by product, by Shell's method, which for the short rows that most are is insertion."""
     for gap in GAPS:
         for z in range(first + gap, end):
-            product, point, e = products[z], points[z], z
-            while e >= first + gap and products[e - gap] < product:
-                products[e], points[e] = products[e - gap], points[e - gap]
+            product, point, e = pairs[z].product, pairs[z].point, z
+            while e >= first + gap and pairs[e - gap].product < product:
+                pairs[e].product, pairs[e].point = pairs[e - gap].product, pairs[e - gap].point
                 e -= gap
-            products[e], points[e] = product, point
+            pairs[e].product, pairs[e].point = product, point
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
-    """Rows of tracked pairs, of the vectors that fire: (vectors, sizes, margins, points, float64 products).
+def _live_rows(rows, pairs, products, vectors, X, shift, thresholds, rounding):
+    """Writes the rows of tracked pairs of the vectors that fire, one after the other; returns (which, sizes, margins).
 
     Candidates come from float32 products, which are wrong by `rounding` at most.
     """
     n, d = X.shape
     sizes, live, margins = np.empty(rows.size, np.int32), np.empty(rows.size, np.int64), np.empty(rows.size)
-    points, exact = np.empty(room, np.int32), np.empty(room)
     w = np.empty(d)
     found = free = 0
     for r in rows:
@@ -1389,14 +1392,14 @@ def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
         end = free
         for j in range(n):
             if products[r, j] >= thresholds[r]:
-                points[end], exact[end] = j, _dot(w, X[j])
+                pairs[end].point, pairs[end].product = j, _dot(w, X[j])
                 end += 1
-        _sort_descending(exact, points, free, end)
-        if exact[free] >= shift:
+        _sort_descending(pairs, free, end)
+        if pairs[free].product >= shift:
             live[found], sizes[found] = r, end - free
             margins[found] = np.inf if end - free == n else shift - rounding - np.float64(thresholds[r])
             found, free = found + 1, end
-    return live[:found], sizes[:found], margins[:found], points[:free], exact[:free]
+    return live[:found], sizes[:found], margins[:found]
 
 
 @njit(cache=True)
@@ -1427,13 +1430,13 @@ def _flip(j, woke, firing, k, counts):
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def _look(pairs, due, distance, sums, data, counts, outputs, tally):
+def _look(live, due, distance, sums, data, counts, outputs, tally):
     """Looks at the neurons `due`: finds their flips, adds what these change to counts[i, j] = |Q_i n Q_j|, j <= i, and to
     the outputs f, and makes out new certificates; -inf for a neuron whose untracked products may have reached b.
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
     # operations, on which the threads would wait (145 instead of 43 ns a row).
-    rows, certificates, points, products, base, active, _ = pairs
+    rows, certificates, pairs, _ = live
     X, XXt, cross, shift = data
     n, d = X.shape
     firing, moved_by, factors, w = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), np.empty(n + 1), np.empty(d)
@@ -1445,13 +1448,13 @@ def _look(pairs, due, distance, sums, data, counts, outputs, tally):
         first, size, reach, scale = row.start, row.size, row.reach, row.scale
         k, c, bound = 0, 0, 0.0
         for e in range(first, first + reach):  # always written, kept if it counts: no branch to mispredict
-            j = points[e]
-            gamma = base[e] + (sums[j] if active[e] else 0.0)
-            moved_by[c], factors[c] = j, scale * gamma
-            bound += abs(factors[c]) * cross[j]
+            pair = pairs[e]
+            gamma = pair.base + (sums[pair.point] if pair.active else 0.0)
+            moved_by[c], factors[c] = pair.point, scale * gamma
+            bound += abs(factors[c]) * cross[pair.point]
             c += gamma != 0.0
-            firing[k] = j
-            k += active[e]
+            firing[k] = pair.point
+            k += pair.active
         through_X = c * size > 4 * d
         if through_X:
             w[:] = 0.0
@@ -1464,11 +1467,12 @@ def _look(pairs, due, distance, sums, data, counts, outputs, tally):
             bound = min(bound, (1.0 + 2e-6) * np.sqrt(length))
             operations += c * d
         stop = reach
-        while stop < size and products[first + stop] >= shift - bound:
+        while stop < size and pairs[first + stop].product >= shift - bound:
             stop += 1
         still, on, off = k, np.inf, np.inf  # how many pairs are active; how far active and inactive ones are from b
         for e in range(first, first + stop):
-            h, j = products[e], points[e]
+            pair = pairs[e]
+            h, j = pair.product, pair.point
             if through_X:
                 for z in range(d):
                     h += w[z] * X[j, z]
@@ -1479,16 +1483,16 @@ def _look(pairs, due, distance, sums, data, counts, outputs, tally):
             is_active = excess >= 0.0
             on = min(on, excess if is_active else np.inf)
             off = min(off, np.inf if is_active else -excess)
-            if is_active != active[e]:
+            if is_active != pair.active:
                 outputs[j] -= scale * abs(excess)
-                base[e] += -sums[j] if is_active else sums[j]
-                active[e] = is_active
+                pair.base += -sums[j] if is_active else sums[j]
+                pair.active = is_active
                 still = _flip(j, is_active, firing, still, counts)
                 reach = max(reach, e + 1 - first)
                 flips += 1
                 operations += still
         operations += stop * (d if through_X else c)
-        off = min(off, (shift - products[first + stop] if stop < size else row.margin) - bound)
+        off = min(off, (shift - pairs[first + stop].product if stop < size else row.margin) - bound)
         certificate = np.inf
         if off < 0.0:
             certificate = -np.inf
@@ -1506,7 +1510,7 @@ def _look(pairs, due, distance, sums, data, counts, outputs, tally):
 
 
 @njit(parallel=True, cache=True)
-def _walk(pairs, neurons, distance, horizon, sums, data, counts, outputs, tallies, near, near_sizes):
+def _walk(live, neurons, distance, horizon, sums, data, counts, outputs, tallies, near, near_sizes):
     """_look at those of `neurons` whose certificates ran out; then writes those of them whose certificates are at most
     `horizon` to near, in CHUNKS pieces of near_sizes.
 
@@ -1516,50 +1520,51 @@ def _walk(pairs, neurons, distance, horizon, sums, data, counts, outputs, tallie
         due = np.empty(neurons.size // CHUNKS + 1, np.int32)
         for chunk in range(CHUNKS * thread // len(counts), CHUNKS * (thread + 1) // len(counts)):
             low, high = neurons.size * chunk // CHUNKS, neurons.size * (chunk + 1) // CHUNKS
-            mine = due[: _below(pairs.certificates, neurons, low, high, distance, due)]
-            _look(pairs, mine, distance, sums, data, counts[thread], outputs[chunk], tallies[chunk])
-            near_sizes[chunk] = _below(pairs.certificates, neurons, low, high, horizon, near[low:])
+            mine = due[: _below(live.certificates, neurons, low, high, distance, due)]
+            _look(live, mine, distance, sums, data, counts[thread], outputs[chunk], tallies[chunk])
+            near_sizes[chunk] = _below(live.certificates, neurons, low, high, horizon, near[low:])
 
 
 @njit(cache=True)
-def _widen_rows(pairs, short, made, margins, starts, shift):
+def _widen_rows(live, short, made, margins, starts, shift):
     """Makes the rows of the neurons `short` anew, from `starts` on, with wider margins, out of all their starting products
     `made` (len(short), n)."""
-    rows, points, products, base, active = pairs.rows, pairs.points, pairs.products, pairs.base, pairs.active
+    rows, pairs = live.rows, live.pairs
     n = made.shape[1]
-    old_base, old_active = np.zeros(n), np.zeros(n, np.bool_)
+    old_base, old_active = np.zeros(n), np.zeros(n, np.int32)
     for z in range(short.size):
         row = rows[short[z]]
         for e in range(row.start, row.start + row.reach):
-            old_base[points[e]], old_active[points[e]] = base[e], active[e]
+            old_base[pairs[e].point], old_active[pairs[e].point] = pairs[e].base, pairs[e].active
         row.start, row.margin = starts[z], margins[z]
         end = row.start
         for j in range(n):
             if made[z, j] >= shift - row.margin:
-                points[end], products[end] = j, made[z, j]
+                pairs[end].point, pairs[end].product = j, made[z, j]
                 end += 1
-        _sort_descending(products, points, row.start, end)
+        _sort_descending(pairs, row.start, end)
         row.size = end - row.start
         for e in range(row.start, end):
-            base[e], active[e] = old_base[points[e]], old_active[points[e]]
-            old_base[points[e]], old_active[points[e]] = 0.0, False
-            if base[e] != 0.0 or active[e]:
+            pair = pairs[e]
+            pair.base, pair.active = old_base[pair.point], old_active[pair.point]
+            old_base[pair.point], old_active[pair.point] = 0.0, 0
+            if pair.base != 0.0 or pair.active:
                 row.reach = e + 1 - row.start
         if row.size == n:
             row.margin = np.inf
 
 
 @njit(parallel=True, cache=True)
-def _widen(pairs, short, made, margins, starts, shift):
+def _widen(live, short, made, margins, starts, shift):
     for chunk in prange(CHUNKS):
         part = slice(short.size * chunk // CHUNKS, short.size * (chunk + 1) // CHUNKS)
-        _widen_rows(pairs, short[part], made[part], margins[part], starts[part], shift)
+        _widen_rows(live, short[part], made[part], margins[part], starts[part], shift)
 
 
 @njit(cache=True, fastmath=FAST)
-def _add_outputs(pairs, low, high, sums, data, outputs):
+def _add_outputs(live, low, high, sums, data, outputs):
     """Adds f of the neurons low, ..., high - 1 to outputs, from their pairs."""
-    rows, _, points, products, base, active, _ = pairs
+    rows, _, pairs, _ = live
     X, XXt, _, shift = data
     n, d = X.shape
     firing, excess, moved_by, factors = (
@@ -1573,12 +1578,12 @@ def _add_outputs(pairs, low, high, sums, data, outputs):
         row = rows[q]
         k, c, scale = 0, 0, row.scale
         for e in range(row.start, row.start + row.reach):
-            j = points[e]
-            gamma = base[e] + (sums[j] if active[e] else 0.0)
-            moved_by[c], factors[c] = j, scale * gamma
+            pair = pairs[e]
+            gamma = pair.base + (sums[pair.point] if pair.active else 0.0)
+            moved_by[c], factors[c] = pair.point, scale * gamma
             c += gamma != 0.0
-            firing[k], excess[k] = j, products[e] - shift
-            k += active[e]
+            firing[k], excess[k] = pair.point, pair.product - shift
+            k += pair.active
         if c * k <= 2 * d:
             for h in range(k):
                 for a in range(c):
@@ -1596,40 +1601,41 @@ def _add_outputs(pairs, low, high, sums, data, outputs):
 
 
 @njit(parallel=True, cache=True)
-def _all_outputs(pairs, sums, data):
+def _all_outputs(live, sums, data):
     """f from all live pairs, in CHUNKS partial sums."""
     partial = np.zeros((CHUNKS, len(data.X)))
     for chunk in prange(CHUNKS):
-        n_live = pairs.rows.size
-        _add_outputs(pairs, n_live * chunk // CHUNKS, n_live * (chunk + 1) // CHUNKS, sums, data, partial[chunk])
+        n_live = live.rows.size
+        _add_outputs(live, n_live * chunk // CHUNKS, n_live * (chunk + 1) // CHUNKS, sums, data, partial[chunk])
     return partial
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _moves(pairs, neurons, sums, X):
+def _moves(live, neurons, sums, X):
     """dw of some neurons (len(neurons), d)."""
     dW = np.zeros((neurons.size, X.shape[1]))
     for z in range(neurons.size):
-        row = pairs.rows[neurons[z]]
+        row = live.rows[neurons[z]]
         for e in range(row.start, row.start + row.reach):
-            gamma = pairs.base[e] + (sums[pairs.points[e]] if pairs.active[e] else 0.0)
+            pair = live.pairs[e]
+            gamma = pair.base + (sums[pair.point] if pair.active else 0.0)
             if gamma != 0.0:
                 for c in range(X.shape[1]):
-                    dW[z, c] += row.scale * gamma * X[pairs.points[e], c]
+                    dW[z, c] += row.scale * gamma * X[pair.point, c]
     return dW
 
 
 @njit(cache=True)
-def _active_pairs(pairs, order):
+def _active_pairs(live, order):
     """Active pairs of the neurons `order`, each named by where it stands there: (indptr, points), not sorted by point."""
     indptr = np.zeros(order.size + 1, np.int64)
-    points = np.empty(pairs.rows["reach"].sum() + 1, np.int64)
+    points = np.empty(live.rows["reach"].sum() + 1, np.int64)
     free = 0
     for z in range(order.size):
-        row = pairs.rows[order[z]]
+        row = live.rows[order[z]]
         for e in range(row.start, row.start + row.reach):
-            points[free] = pairs.points[e]
-            free += pairs.active[e]
+            points[free] = live.pairs[e].point
+            free += live.pairs[e].active
         indptr[z + 1] = free
     return indptr, points[:free].copy()
 
@@ -1973,7 +1979,7 @@ class _Lazy(_Search):
         cross = np.float32(self._data.cross.max())
         # Training ends about where every active product has moved by |y_i| / (Phi(-b) sqrt(m)).
         reach = max(scipy.special.ndtr(-self.shift), 1e-30) * np.sqrt(self.width)
-        pull = np.minimum(MARGIN * np.abs(self.y) / reach + 1e-30, largest).astype(np.float32)
+        pull = np.minimum(MARGIN * np.abs(self.y) / reach, largest).astype(np.float32)
         piece = max(64, (1 << 19) // n)  # vectors whose products are made together, 2 MB of them
 
         def rows_of(first, vectors, signs):
@@ -1982,19 +1988,19 @@ class _Lazy(_Search):
             for low in range(0, len(vectors), piece):
                 some = vectors[low : low + piece]
                 products = some @ X32.T
-                thresholds, tracked = _thresholds(products, least_active, pull, cross, base)
-                rows = np.flatnonzero(tracked)
+                active, thresholds, tracked = _thresholds(products, least_active, pull, cross, base)
+                rows = np.flatnonzero(active)
                 # Rows of equal length together: loops of an expected length are faster by a third.
-                rows = rows[np.argsort(tracked[rows], kind="stable")]
-                room = int(tracked[rows].sum())
-                live, *arrays = _live_rows(rows, room, products, some, self.X, self.shift, thresholds, rounding)
+                rows = rows[np.lexsort((active[rows], tracked[rows]))]
+                pairs = np.zeros(int(tracked[rows].sum()), PAIR)
+                live, sizes, margins = _live_rows(rows, pairs, products, some, self.X, self.shift, thresholds, rounding)
                 numbers = np.concatenate([copies * (low + live) + copy for copy in range(copies)])
-                twins = [np.concatenate([array] * copies) for array in arrays]
+                twins = [np.concatenate([array] * copies) for array in (sizes, margins, pairs[: sizes.sum()])]
                 found.append((some[live], first + numbers, signs[numbers], *twins))
             return found
 
         found = [arrays for block in self.draw(rows_of) for arrays in block]
-        vectors, live, signs, sizes, margins, points, products = zip(*found, strict=True)
+        vectors, live, signs, sizes, margins, pairs = zip(*found, strict=True)
         counts = np.array([len(some) for some in vectors])
         vectors, self.live, self.signs, sizes, margins = map(np.concatenate, (vectors, live, signs, sizes, margins))
         self.n_live, self.signs = self.live.size, self.signs.astype(float)
@@ -2006,15 +2012,9 @@ class _Lazy(_Search):
         rows["start"], rows["size"] = np.cumsum(sizes, dtype=np.int64) - sizes, sizes
         rows["scale"], rows["margin"] = self.signs / -np.sqrt(self.width), margins
         self._used = int(sizes.sum())
-        self._pairs = LivePairs(
-            rows=rows,
-            certificates=np.full(self.n_live, -np.inf),
-            points=np.concatenate(points),
-            products=np.concatenate(products),
-            base=np.zeros(self._used),
-            active=np.zeros(self._used, bool),
-            vectors=vectors,
-        )
+        room = self._used + self._used // 2  # memory that is not written is not taken
+        self._live = LivePairs(rows, np.full(self.n_live, -np.inf), np.empty(room, PAIR), vectors)
+        np.concatenate(pairs, out=self._live.pairs[: self._used])
         self._ladder = [(np.inf, np.arange(self.n_live, dtype=np.int32))]
         self.counts, self.outputs = np.zeros((n, n), np.int32), np.zeros(n)
         self._pass()  # every active pair is found to have woken
@@ -2048,7 +2048,7 @@ class _Lazy(_Search):
         """Looks at the neurons whose certificates ran out; returns the number of flips."""
         neurons = self._ladder[-1][1]
         near, flips = self._look_among(neurons)
-        short = near[self._pairs.certificates[near] == -np.inf]
+        short = near[self._live.certificates[near] == -np.inf]
         if short.size:
             self._widen(short)
             flips += self._look_among(short)[1]
@@ -2067,7 +2067,7 @@ class _Lazy(_Search):
         near, near_sizes = np.empty_like(neurons), np.empty(CHUNKS, np.int64)
         horizon = self._distance + self._last_move
         state = self._sum, self._data, counts, outputs, tallies
-        _run(_walk, work, self._pairs, neurons, self._distance, horizon, *state, near, near_sizes)
+        _run(_walk, work, self._live, neurons, self._distance, horizon, *state, near, near_sizes)
         firsts = neurons.size * np.arange(CHUNKS) // CHUNKS
         near = np.concatenate([near[low : low + size] for low, size in zip(firsts, near_sizes, strict=True)])
         self.counts += counts.sum(axis=0, dtype=np.int32)
@@ -2085,35 +2085,30 @@ class _Lazy(_Search):
         batch = max(1, (1 << 20) // n)
         for low in range(0, short.size, batch):
             some = short[low : low + batch]
-            rows = self._pairs.rows[some]
-            made = self._pairs.vectors[rows["vector"]].astype(float) @ self.X.T
-            moved = np.linalg.norm(_moves(self._pairs, some, self._sum, self.X), axis=1)
+            rows = self._live.rows[some]
+            made = self._live.vectors[rows["vector"]].astype(float) @ self.X.T
+            moved = np.linalg.norm(_moves(self._live, some, self._sum, self.X), axis=1)
             margins = 2.0 * np.maximum(rows["margin"], moved)
             ends = self._used + np.cumsum(np.count_nonzero(made >= (self.shift - margins)[:, None], axis=1))
             starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
             self._reserve(self._used)
-            _run(_widen, made.size, self._pairs, some, made, margins, starts, self.shift)
+            _run(_widen, made.size, self._live, some, made, margins, starts, self.shift)
             self.operations += made.size * self.X.shape[1]
 
     def _reserve(self, room):
         """Makes room for so many pairs."""
-        pairs = self._pairs
-        if room > pairs.points.size:
-            more = room + room // 2 - pairs.points.size
-            self._pairs = pairs._replace(
-                **{
-                    name: np.concatenate([getattr(pairs, name), np.empty(more, getattr(pairs, name).dtype)])
-                    for name in ("points", "products", "base", "active")
-                }
-            )
+        pairs = self._live.pairs
+        if room > pairs.size:
+            more = np.empty(room + room // 2 - pairs.size, PAIR)
+            self._live = self._live._replace(pairs=np.concatenate([pairs, more]))
 
     def settle(self):
-        self.outputs = _run(_all_outputs, 4 * self._used, self._pairs, self._sum, self._data).sum(axis=0)
+        self.outputs = _run(_all_outputs, 4 * self._used, self._live, self._sum, self._data).sum(axis=0)
 
     def gathered(self, order=None):
         """The active sets, neurons by row or by where their rows stand in `order`."""
         order = np.arange(self.n_live) if order is None else order
-        by_neuron = ActiveSets(np.arange(order.size), *_active_pairs(self._pairs, order))
+        by_neuron = ActiveSets(np.arange(order.size), *_active_pairs(self._live, order))
         return _by_neuron(*_by_point(by_neuron, len(self.X)), order.size)
 
     def active_sets(self):
@@ -2122,43 +2117,44 @@ class _Lazy(_Search):
         return active._replace(neurons=self.live[order[active.neurons]])
 
     def _trained(self):
-        pairs = self._pairs
+        live = self._live
 
         def trained(low, high):
             neurons = np.arange(low, min(high, self.n_live))
-            return pairs.vectors[pairs.rows["vector"][neurons]] + _moves(pairs, neurons, self._sum, self.X)
+            return live.vectors[live.rows["vector"][neurons]] + _moves(live, neurons, self._sum, self.X)
 
         return trained
 
     def check(self):
         """Asserts every invariant of the live pairs against the weights and all products of live neurons."""
-        pairs, n = self._pairs, len(self.X)
-        rows = pairs.rows
-        start = pairs.vectors[rows["vector"]] @ self.X.T
-        moves = _moves(pairs, np.arange(self.n_live), self._sum, self.X)
+        rows, certificates, pairs, vectors = self._live
+        n = len(self.X)
+        start = vectors[rows["vector"]] @ self.X.T
+        moves = _moves(self._live, np.arange(self.n_live), self._sum, self.X)
         products = start + moves @ self.X.T
         tolerance = 1e-9 * (1.0 + np.abs(products))
         neuron = np.repeat(np.arange(self.n_live), rows["size"])
         rank = np.arange(neuron.size) - np.repeat(np.cumsum(rows["size"]) - rows["size"], rows["size"])
         place = rank + rows["start"][neuron]
-        points = pairs.points[place]
+        pairs = pairs[place]
+        points = pairs["point"]
         tracked, active = np.zeros((2, self.n_live, n), bool)
-        tracked[neuron, points], active[neuron, points] = True, pairs.active[place]
+        tracked[neuron, points], active[neuron, points] = True, pairs["active"] == 1
         assert tracked.sum() == neuron.size, "a point is tracked twice"
         excess = products - self.shift
         assert np.all((active == (excess >= 0)) | (np.abs(excess) <= tolerance)), "an active pair is missed or made up"
-        error = np.abs(pairs.products[place] - start[neuron, points])
+        error = np.abs(pairs["product"] - start[neuron, points])
         assert np.all(error <= tolerance[neuron, points]), "a tracked product is wrong"
-        ascends = np.diff(pairs.products[place], prepend=0.0) > 0
+        ascends = np.diff(pairs["product"], prepend=0.0) > 0
         assert not np.any(ascends & (rank > 0)), "tracked products are not in descending order"
         below = self.shift - rows["margin"][:, None]
         assert np.all(tracked | (start <= below + tolerance)), "a product within the margin is not tracked"
-        touched = pairs.active[place] | (pairs.base[place] != 0.0)
+        touched = (pairs["active"] == 1) | (pairs["base"] != 0.0)
         assert np.all(rank[touched] < rows["reach"][neuron[touched]]), "a pair was active beyond the reach of its row"
         coactive = np.tril(active.T.astype(int) @ active)
         assert np.array_equal(np.tril(self.counts), coactive), "counts are not the active sets'"
         assert self.changing == active.any(axis=1).sum(), "the number of neurons that move is wrong"
-        certified = np.where(active.any(axis=1), pairs.certificates, np.inf)
+        certified = np.where(active.any(axis=1), certificates, np.inf)
         assert certified.min(initial=np.inf) >= self._distance, "a certificate is late"
         for horizon, neurons in self._ladder:
             outside = np.ones(self.n_live, bool)
