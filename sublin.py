@@ -1297,6 +1297,7 @@ def _seed(random_state):
 
 # Margins are MARGIN times the largest movement expected of a product. @@
 MARGIN = 1.6
+GATHER = 16
 
 GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments for the average case of Shellsort", 2001
 
@@ -1315,16 +1316,15 @@ LIVE_ROW = np.dtype(
 )
 
 
-# A tracked pair. gamma is base + (sum of all g_i if active, else 0).
-PAIR = np.dtype([("product", np.float64), ("base", np.float64), ("point", np.int32), ("active", np.int32)], align=True)
-
-
 class LivePairs(NamedTuple):
-    """Tracked pairs by live neuron, starting products descending."""
+    """Tracked pairs by live neuron, starting products descending; gamma is base + (sum of all g_i if active, else 0)."""
 
     rows: np.ndarray  # (n_live,) LIVE_ROW
     certificates: np.ndarray  # (n_live,) the distance up to which no pair can have flipped; inf if none can, ever
-    pairs: np.ndarray  # (room,) PAIR
+    points: np.ndarray  # (room,) int32
+    products: np.ndarray  # (room,) at the start
+    base: np.ndarray  # (room,)
+    active: np.ndarray  # (room,) bool
     vectors: np.ndarray  # (n_live or n_live / 2, d) float32, starting weights
 
 
@@ -1332,6 +1332,7 @@ class PointData(NamedTuple):
     """What moves of products are made of."""
 
     X: np.ndarray  # (n, d)
+    X32: np.ndarray  # (n, d) float32
     XXt: np.ndarray  # (n, n)
     cross: np.ndarray  # (n,) largest |<x_i, x_j>| over j != i, and more than 0
     shift: float
@@ -1366,25 +1367,26 @@ def _thresholds(products, least_active, pull, cross, base):
 
 
 @njit(cache=True, nogil=True)
-def _sort_descending(pairs, first, end):
-    """Sorts new pairs by product, by Shell's method, which for the short rows that most are is insertion."""
+def _sort_descending(products, points, first, end):
+    """Sorts pairs by product, by Shell's method, which for the short rows that most are is insertion."""
     for gap in GAPS:
         for z in range(first + gap, end):
-            product, point, e = pairs[z].product, pairs[z].point, z
-            while e >= first + gap and pairs[e - gap].product < product:
-                pairs[e].product, pairs[e].point = pairs[e - gap].product, pairs[e - gap].point
+            product, point, e = products[z], points[z], z
+            while e >= first + gap and products[e - gap] < product:
+                products[e], points[e] = products[e - gap], points[e - gap]
                 e -= gap
-            pairs[e].product, pairs[e].point = product, point
+            products[e], points[e] = product, point
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _live_rows(rows, pairs, products, vectors, X, shift, thresholds, rounding):
-    """Writes the rows of tracked pairs of the vectors that fire, one after the other; returns (which, sizes, margins).
+def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
+    """Rows of tracked pairs, of the vectors that fire: (vectors, sizes, margins, points, float64 products).
 
     Candidates come from float32 products, which are wrong by `rounding` at most.
     """
     n, d = X.shape
     sizes, live, margins = np.empty(rows.size, np.int32), np.empty(rows.size, np.int64), np.empty(rows.size)
+    points, exact = np.empty(room, np.int32), np.empty(room)
     w = np.empty(d)
     found = free = 0
     for r in rows:
@@ -1392,14 +1394,14 @@ def _live_rows(rows, pairs, products, vectors, X, shift, thresholds, rounding):
         end = free
         for j in range(n):
             if products[r, j] >= thresholds[r]:
-                pairs[end].point, pairs[end].product = j, _dot(w, X[j])
+                points[end], exact[end] = j, _dot(w, X[j])
                 end += 1
-        _sort_descending(pairs, free, end)
-        if pairs[free].product >= shift:
+        _sort_descending(exact, points, free, end)
+        if exact[free] >= shift:
             live[found], sizes[found] = r, end - free
             margins[found] = np.inf if end - free == n else shift - rounding - np.float64(thresholds[r])
             found, free = found + 1, end
-    return live[:found], sizes[:found], margins[:found]
+    return live[:found], sizes[:found], margins[:found], points[:free], exact[:free]
 
 
 @njit(cache=True)
@@ -1429,17 +1431,44 @@ def _flip(j, woke, firing, k, counts):
     return k
 
 
+@njit(cache=True, fastmath=FAST)
+def _combine(factors, rows, count, X, w):
+    """w = sum over a < count of factors[a] X[rows[a]]; returns its length."""
+    d = X.shape[1]
+    w[:] = 0.0
+    for a in range(count):
+        factor, i = factors[a], rows[a]
+        for z in range(d):
+            w[z] += factor * X[i, z]
+    square = 0.0
+    for z in range(d):
+        square += w[z] * w[z]
+    return np.sqrt(square)
+
+
+@njit(cache=True, fastmath=FAST)
+def _dots(X, rows, first, count, w, out):
+    """out[e] = <X[rows[first + e]], w> for e < count."""
+    d = X.shape[1]
+    for e in range(count):
+        product, i = w.dtype.type(0), rows[first + e]
+        for z in range(d):
+            product += w[z] * X[i, z]
+        out[e] = product
+
+
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def _look(live, due, distance, sums, data, counts, outputs, tally):
+def _look(pairs, due, distance, sums, data, counts, outputs, tally):
     """Looks at the neurons `due`: finds their flips, adds what these change to counts[i, j] = |Q_i n Q_j|, j <= i, and to
     the outputs f, and makes out new certificates; -inf for a neuron whose untracked products may have reached b.
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
     # operations, on which the threads would wait (145 instead of 43 ns a row).
-    rows, certificates, pairs, _ = live
-    X, XXt, cross, shift = data
+    rows, certificates, points, products, base, active, _ = pairs
+    X, X32, XXt, cross, shift = data
     n, d = X.shape
-    firing, moved_by, factors, w = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), np.empty(n + 1), np.empty(d)
+    firing, moved_by, factors = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), np.empty(n + 1)
+    w, w32, moves = np.empty(d), np.empty(d, np.float32), np.empty(n)
     widest = cross.max()
     own = 1.0 - widest + 1e-6  # rows of X may be longer than 1 by as much
     operations = flips = woken = shorts = 0
@@ -1448,57 +1477,59 @@ def _look(live, due, distance, sums, data, counts, outputs, tally):
         first, size, reach, scale = row.start, row.size, row.reach, row.scale
         k, c, bound = 0, 0, 0.0
         for e in range(first, first + reach):  # always written, kept if it counts: no branch to mispredict
-            pair = pairs[e]
-            gamma = pair.base + (sums[pair.point] if pair.active else 0.0)
-            moved_by[c], factors[c] = pair.point, scale * gamma
-            bound += abs(factors[c]) * cross[pair.point]
+            j = points[e]
+            gamma = base[e] + (sums[j] if active[e] else 0.0)
+            moved_by[c], factors[c] = j, scale * gamma
+            bound += abs(factors[c]) * cross[j]
             c += gamma != 0.0
-            firing[k] = pair.point
-            k += pair.active
-        through_X = c * size > 4 * d
+            firing[k] = j
+            k += active[e]
+        through_X, tolerance = GATHER * c * size > (c + size) * d, 0.0
         if through_X:
-            w[:] = 0.0
-            for a in range(c):
-                for z in range(d):
-                    w[z] += factors[a] * X[moved_by[a], z]
-            length = 0.0
-            for z in range(d):
-                length += w[z] * w[z]
-            bound = min(bound, (1.0 + 2e-6) * np.sqrt(length))
+            length = (1.0 + 2e-6) * _combine(factors, moved_by, c, X, w)
+            w32[:] = w
+            bound = min(bound, length)
+            tolerance = (d + 4) * 2.0**-24 * length
             operations += c * d
         stop = reach
-        while stop < size and pairs[first + stop].product >= shift - bound:
+        while stop < size and products[first + stop] >= shift - bound:
             stop += 1
+        if through_X:
+            _dots(X32, points, first, stop, w32, moves)
         still, on, off = k, np.inf, np.inf  # how many pairs are active; how far active and inactive ones are from b
         for e in range(first, first + stop):
-            pair = pairs[e]
-            h, j = pair.product, pair.point
+            excess, j = products[e] - shift, points[e]
             if through_X:
-                for z in range(d):
-                    h += w[z] * X[j, z]
+                move = moves[e - first]
+                if (excess + move >= 0.0) != active[e] or not abs(excess + move) > tolerance:
+                    move = 0.0
+                    for z in range(d):
+                        move += w[z] * X[j, z]
+                excess += move
             else:
                 for a in range(c):
-                    h += factors[a] * XXt[j, moved_by[a]]
-            excess = h - shift
+                    excess += factors[a] * XXt[j, moved_by[a]]
             is_active = excess >= 0.0
             on = min(on, excess if is_active else np.inf)
             off = min(off, np.inf if is_active else -excess)
-            if is_active != pair.active:
+            if is_active != active[e]:
                 outputs[j] -= scale * abs(excess)
-                pair.base += -sums[j] if is_active else sums[j]
-                pair.active = is_active
+                base[e] += -sums[j] if is_active else sums[j]
+                active[e] = is_active
                 still = _flip(j, is_active, firing, still, counts)
                 reach = max(reach, e + 1 - first)
                 flips += 1
                 operations += still
         operations += stop * (d if through_X else c)
-        off = min(off, (shift - pairs[first + stop].product if stop < size else row.margin) - bound)
+        off = min(off, (shift - products[first + stop] if stop < size else row.margin) - bound)
         certificate = np.inf
         if off < 0.0:
             certificate = -np.inf
             shorts += 1
         elif still > 0:
-            certificate = distance + min(on / (still * widest + own), off / (still * widest))
+            certificate = distance + max(
+                0.0, min((on - tolerance) / (still * widest + own), (off - tolerance) / (still * widest))
+            )
         certificates[q] = certificate
         woken += (still > 0) - (k > 0)
         row.reach = reach
@@ -1510,7 +1541,7 @@ def _look(live, due, distance, sums, data, counts, outputs, tally):
 
 
 @njit(parallel=True, cache=True)
-def _walk(live, neurons, distance, horizon, sums, data, counts, outputs, tallies, near, near_sizes):
+def _walk(pairs, neurons, distance, horizon, sums, data, counts, outputs, tallies, near, near_sizes):
     """_look at those of `neurons` whose certificates ran out; then writes those of them whose certificates are at most
     `horizon` to near, in CHUNKS pieces of near_sizes.
 
@@ -1520,52 +1551,51 @@ def _walk(live, neurons, distance, horizon, sums, data, counts, outputs, tallies
         due = np.empty(neurons.size // CHUNKS + 1, np.int32)
         for chunk in range(CHUNKS * thread // len(counts), CHUNKS * (thread + 1) // len(counts)):
             low, high = neurons.size * chunk // CHUNKS, neurons.size * (chunk + 1) // CHUNKS
-            mine = due[: _below(live.certificates, neurons, low, high, distance, due)]
-            _look(live, mine, distance, sums, data, counts[thread], outputs[chunk], tallies[chunk])
-            near_sizes[chunk] = _below(live.certificates, neurons, low, high, horizon, near[low:])
+            mine = due[: _below(pairs.certificates, neurons, low, high, distance, due)]
+            _look(pairs, mine, distance, sums, data, counts[thread], outputs[chunk], tallies[chunk])
+            near_sizes[chunk] = _below(pairs.certificates, neurons, low, high, horizon, near[low:])
 
 
 @njit(cache=True)
-def _widen_rows(live, short, made, margins, starts, shift):
+def _widen_rows(pairs, short, made, margins, starts, shift):
     """Makes the rows of the neurons `short` anew, from `starts` on, with wider margins, out of all their starting products
     `made` (len(short), n)."""
-    rows, pairs = live.rows, live.pairs
+    rows, points, products, base, active = pairs.rows, pairs.points, pairs.products, pairs.base, pairs.active
     n = made.shape[1]
-    old_base, old_active = np.zeros(n), np.zeros(n, np.int32)
+    old_base, old_active = np.zeros(n), np.zeros(n, np.bool_)
     for z in range(short.size):
         row = rows[short[z]]
         for e in range(row.start, row.start + row.reach):
-            old_base[pairs[e].point], old_active[pairs[e].point] = pairs[e].base, pairs[e].active
+            old_base[points[e]], old_active[points[e]] = base[e], active[e]
         row.start, row.margin = starts[z], margins[z]
         end = row.start
         for j in range(n):
             if made[z, j] >= shift - row.margin:
-                pairs[end].point, pairs[end].product = j, made[z, j]
+                points[end], products[end] = j, made[z, j]
                 end += 1
-        _sort_descending(pairs, row.start, end)
+        _sort_descending(products, points, row.start, end)
         row.size = end - row.start
         for e in range(row.start, end):
-            pair = pairs[e]
-            pair.base, pair.active = old_base[pair.point], old_active[pair.point]
-            old_base[pair.point], old_active[pair.point] = 0.0, 0
-            if pair.base != 0.0 or pair.active:
+            base[e], active[e] = old_base[points[e]], old_active[points[e]]
+            old_base[points[e]], old_active[points[e]] = 0.0, False
+            if base[e] != 0.0 or active[e]:
                 row.reach = e + 1 - row.start
         if row.size == n:
             row.margin = np.inf
 
 
 @njit(parallel=True, cache=True)
-def _widen(live, short, made, margins, starts, shift):
+def _widen(pairs, short, made, margins, starts, shift):
     for chunk in prange(CHUNKS):
         part = slice(short.size * chunk // CHUNKS, short.size * (chunk + 1) // CHUNKS)
-        _widen_rows(live, short[part], made[part], margins[part], starts[part], shift)
+        _widen_rows(pairs, short[part], made[part], margins[part], starts[part], shift)
 
 
 @njit(cache=True, fastmath=FAST)
-def _add_outputs(live, low, high, sums, data, outputs):
+def _add_outputs(pairs, low, high, sums, data, outputs):
     """Adds f of the neurons low, ..., high - 1 to outputs, from their pairs."""
-    rows, _, pairs, _ = live
-    X, XXt, _, shift = data
+    rows, _, points, products, base, active, _ = pairs
+    X, _, XXt, _, shift = data
     n, d = X.shape
     firing, excess, moved_by, factors = (
         np.empty(n + 1, np.int64),
@@ -1573,69 +1603,67 @@ def _add_outputs(live, low, high, sums, data, outputs):
         np.empty(n + 1, np.int64),
         np.empty(n + 1),
     )
-    w = np.empty(d)
+    w, moves = np.empty(d), np.empty(n)
     for q in range(low, high):
         row = rows[q]
         k, c, scale = 0, 0, row.scale
         for e in range(row.start, row.start + row.reach):
-            pair = pairs[e]
-            gamma = pair.base + (sums[pair.point] if pair.active else 0.0)
-            moved_by[c], factors[c] = pair.point, scale * gamma
+            j = points[e]
+            gamma = base[e] + (sums[j] if active[e] else 0.0)
+            moved_by[c], factors[c] = j, scale * gamma
             c += gamma != 0.0
-            firing[k], excess[k] = pair.point, pair.product - shift
-            k += pair.active
-        if c * k <= 2 * d:
+            firing[k], excess[k] = j, products[e] - shift
+            k += active[e]
+        if GATHER * c * k <= (c + k) * d:
             for h in range(k):
+                product, j = 0.0, firing[h]
                 for a in range(c):
-                    excess[h] += factors[a] * XXt[firing[h], moved_by[a]]
+                    product += factors[a] * XXt[j, moved_by[a]]
+                excess[h] += product
         else:
-            w[:] = 0.0
-            for a in range(c):
-                for z in range(d):
-                    w[z] += factors[a] * X[moved_by[a], z]
+            _combine(factors, moved_by, c, X, w)
+            _dots(X, firing, 0, k, w, moves)
             for h in range(k):
-                for z in range(d):
-                    excess[h] += w[z] * X[firing[h], z]
+                excess[h] += moves[h]
         for h in range(k):
             outputs[firing[h]] -= scale * excess[h]
 
 
 @njit(parallel=True, cache=True)
-def _all_outputs(live, sums, data):
+def _all_outputs(pairs, sums, data):
     """f from all live pairs, in CHUNKS partial sums."""
     partial = np.zeros((CHUNKS, len(data.X)))
     for chunk in prange(CHUNKS):
-        n_live = live.rows.size
-        _add_outputs(live, n_live * chunk // CHUNKS, n_live * (chunk + 1) // CHUNKS, sums, data, partial[chunk])
+        n_live = pairs.rows.size
+        _add_outputs(pairs, n_live * chunk // CHUNKS, n_live * (chunk + 1) // CHUNKS, sums, data, partial[chunk])
     return partial
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _moves(live, neurons, sums, X):
+def _moves(pairs, neurons, sums, X):
     """dw of some neurons (len(neurons), d)."""
     dW = np.zeros((neurons.size, X.shape[1]))
     for z in range(neurons.size):
-        row = live.rows[neurons[z]]
+        row = pairs.rows[neurons[z]]
         for e in range(row.start, row.start + row.reach):
-            pair = live.pairs[e]
-            gamma = pair.base + (sums[pair.point] if pair.active else 0.0)
+            gamma = pairs.base[e] + (sums[pairs.points[e]] if pairs.active[e] else 0.0)
             if gamma != 0.0:
                 for c in range(X.shape[1]):
-                    dW[z, c] += row.scale * gamma * X[pair.point, c]
+                    dW[z, c] += row.scale * gamma * X[pairs.points[e], c]
     return dW
 
 
 @njit(cache=True)
-def _active_pairs(live, order):
+def _active_pairs(pairs, order):
     """Active pairs of the neurons `order`, each named by where it stands there: (indptr, points), not sorted by point."""
     indptr = np.zeros(order.size + 1, np.int64)
-    points = np.empty(live.rows["reach"].sum() + 1, np.int64)
+    points = np.empty(pairs.rows["reach"].sum() + 1, np.int64)
     free = 0
     for z in range(order.size):
-        row = live.rows[order[z]]
+        row = pairs.rows[order[z]]
         for e in range(row.start, row.start + row.reach):
-            points[free] = live.pairs[e].point
-            free += live.pairs[e].active
+            points[free] = pairs.points[e]
+            free += pairs.active[e]
         indptr[z + 1] = free
     return indptr, points[:free].copy()
 
@@ -1963,7 +1991,7 @@ class _Lazy(_Search):
     def _allocate(self):
         n = len(self.X)
         cross = np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1)
-        self._data = PointData(self.X, self.XXt, np.maximum(cross, 1e-12), self.shift)
+        self._data = PointData(self.X, self.X.astype(np.float32), self.XXt, np.maximum(cross, 1e-12), self.shift)
         self._sum = np.zeros(n)
         self._distance = self._last_move = 0.0
         self.changing = 0
@@ -1992,15 +2020,15 @@ class _Lazy(_Search):
                 rows = np.flatnonzero(active)
                 # Rows of equal length together: loops of an expected length are faster by a third.
                 rows = rows[np.lexsort((active[rows], tracked[rows]))]
-                pairs = np.zeros(int(tracked[rows].sum()), PAIR)
-                live, sizes, margins = _live_rows(rows, pairs, products, some, self.X, self.shift, thresholds, rounding)
+                room = int(tracked[rows].sum())
+                live, *arrays = _live_rows(rows, room, products, some, self.X, self.shift, thresholds, rounding)
                 numbers = np.concatenate([copies * (low + live) + copy for copy in range(copies)])
-                twins = [np.concatenate([array] * copies) for array in (sizes, margins, pairs[: sizes.sum()])]
+                twins = [np.concatenate([array] * copies) for array in arrays]
                 found.append((some[live], first + numbers, signs[numbers], *twins))
             return found
 
         found = [arrays for block in self.draw(rows_of) for arrays in block]
-        vectors, live, signs, sizes, margins, pairs = zip(*found, strict=True)
+        vectors, live, signs, sizes, margins, points, products = zip(*found, strict=True)
         counts = np.array([len(some) for some in vectors])
         vectors, self.live, self.signs, sizes, margins = map(np.concatenate, (vectors, live, signs, sizes, margins))
         self.n_live, self.signs = self.live.size, self.signs.astype(float)
@@ -2013,8 +2041,17 @@ class _Lazy(_Search):
         rows["scale"], rows["margin"] = self.signs / -np.sqrt(self.width), margins
         self._used = int(sizes.sum())
         room = self._used + self._used // 2  # memory that is not written is not taken
-        self._live = LivePairs(rows, np.full(self.n_live, -np.inf), np.empty(room, PAIR), vectors)
-        np.concatenate(pairs, out=self._live.pairs[: self._used])
+        self._pairs = LivePairs(
+            rows=rows,
+            certificates=np.full(self.n_live, -np.inf),
+            points=np.empty(room, np.int32),
+            products=np.empty(room),
+            base=np.zeros(room),
+            active=np.zeros(room, bool),
+            vectors=vectors,
+        )
+        np.concatenate(points, out=self._pairs.points[: self._used])
+        np.concatenate(products, out=self._pairs.products[: self._used])
         self._ladder = [(np.inf, np.arange(self.n_live, dtype=np.int32))]
         self.counts, self.outputs = np.zeros((n, n), np.int32), np.zeros(n)
         self._pass()  # every active pair is found to have woken
@@ -2048,7 +2085,7 @@ class _Lazy(_Search):
         """Looks at the neurons whose certificates ran out; returns the number of flips."""
         neurons = self._ladder[-1][1]
         near, flips = self._look_among(neurons)
-        short = near[self._live.certificates[near] == -np.inf]
+        short = near[self._pairs.certificates[near] == -np.inf]
         if short.size:
             self._widen(short)
             flips += self._look_among(short)[1]
@@ -2067,7 +2104,7 @@ class _Lazy(_Search):
         near, near_sizes = np.empty_like(neurons), np.empty(CHUNKS, np.int64)
         horizon = self._distance + self._last_move
         state = self._sum, self._data, counts, outputs, tallies
-        _run(_walk, work, self._live, neurons, self._distance, horizon, *state, near, near_sizes)
+        _run(_walk, work, self._pairs, neurons, self._distance, horizon, *state, near, near_sizes)
         firsts = neurons.size * np.arange(CHUNKS) // CHUNKS
         near = np.concatenate([near[low : low + size] for low, size in zip(firsts, near_sizes, strict=True)])
         self.counts += counts.sum(axis=0, dtype=np.int32)
@@ -2085,30 +2122,35 @@ class _Lazy(_Search):
         batch = max(1, (1 << 20) // n)
         for low in range(0, short.size, batch):
             some = short[low : low + batch]
-            rows = self._live.rows[some]
-            made = self._live.vectors[rows["vector"]].astype(float) @ self.X.T
-            moved = np.linalg.norm(_moves(self._live, some, self._sum, self.X), axis=1)
+            rows = self._pairs.rows[some]
+            made = self._pairs.vectors[rows["vector"]].astype(float) @ self.X.T
+            moved = np.linalg.norm(_moves(self._pairs, some, self._sum, self.X), axis=1)
             margins = 2.0 * np.maximum(rows["margin"], moved)
             ends = self._used + np.cumsum(np.count_nonzero(made >= (self.shift - margins)[:, None], axis=1))
             starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
             self._reserve(self._used)
-            _run(_widen, made.size, self._live, some, made, margins, starts, self.shift)
+            _run(_widen, made.size, self._pairs, some, made, margins, starts, self.shift)
             self.operations += made.size * self.X.shape[1]
 
     def _reserve(self, room):
         """Makes room for so many pairs."""
-        pairs = self._live.pairs
-        if room > pairs.size:
-            more = np.empty(room + room // 2 - pairs.size, PAIR)
-            self._live = self._live._replace(pairs=np.concatenate([pairs, more]))
+        pairs = self._pairs
+        if room > pairs.points.size:
+            more = room + room // 2 - pairs.points.size
+            self._pairs = pairs._replace(
+                **{
+                    name: np.concatenate([getattr(pairs, name), np.empty(more, getattr(pairs, name).dtype)])
+                    for name in ("points", "products", "base", "active")
+                }
+            )
 
     def settle(self):
-        self.outputs = _run(_all_outputs, 4 * self._used, self._live, self._sum, self._data).sum(axis=0)
+        self.outputs = _run(_all_outputs, 4 * self._used, self._pairs, self._sum, self._data).sum(axis=0)
 
     def gathered(self, order=None):
         """The active sets, neurons by row or by where their rows stand in `order`."""
         order = np.arange(self.n_live) if order is None else order
-        by_neuron = ActiveSets(np.arange(order.size), *_active_pairs(self._live, order))
+        by_neuron = ActiveSets(np.arange(order.size), *_active_pairs(self._pairs, order))
         return _by_neuron(*_by_point(by_neuron, len(self.X)), order.size)
 
     def active_sets(self):
@@ -2117,44 +2159,43 @@ class _Lazy(_Search):
         return active._replace(neurons=self.live[order[active.neurons]])
 
     def _trained(self):
-        live = self._live
+        pairs = self._pairs
 
         def trained(low, high):
             neurons = np.arange(low, min(high, self.n_live))
-            return live.vectors[live.rows["vector"][neurons]] + _moves(live, neurons, self._sum, self.X)
+            return pairs.vectors[pairs.rows["vector"][neurons]] + _moves(pairs, neurons, self._sum, self.X)
 
         return trained
 
     def check(self):
         """Asserts every invariant of the live pairs against the weights and all products of live neurons."""
-        rows, certificates, pairs, vectors = self._live
-        n = len(self.X)
-        start = vectors[rows["vector"]] @ self.X.T
-        moves = _moves(self._live, np.arange(self.n_live), self._sum, self.X)
+        pairs, n = self._pairs, len(self.X)
+        rows = pairs.rows
+        start = pairs.vectors[rows["vector"]] @ self.X.T
+        moves = _moves(pairs, np.arange(self.n_live), self._sum, self.X)
         products = start + moves @ self.X.T
         tolerance = 1e-9 * (1.0 + np.abs(products))
         neuron = np.repeat(np.arange(self.n_live), rows["size"])
         rank = np.arange(neuron.size) - np.repeat(np.cumsum(rows["size"]) - rows["size"], rows["size"])
         place = rank + rows["start"][neuron]
-        pairs = pairs[place]
-        points = pairs["point"]
+        points = pairs.points[place]
         tracked, active = np.zeros((2, self.n_live, n), bool)
-        tracked[neuron, points], active[neuron, points] = True, pairs["active"] == 1
+        tracked[neuron, points], active[neuron, points] = True, pairs.active[place]
         assert tracked.sum() == neuron.size, "a point is tracked twice"
         excess = products - self.shift
         assert np.all((active == (excess >= 0)) | (np.abs(excess) <= tolerance)), "an active pair is missed or made up"
-        error = np.abs(pairs["product"] - start[neuron, points])
+        error = np.abs(pairs.products[place] - start[neuron, points])
         assert np.all(error <= tolerance[neuron, points]), "a tracked product is wrong"
-        ascends = np.diff(pairs["product"], prepend=0.0) > 0
+        ascends = np.diff(pairs.products[place], prepend=0.0) > 0
         assert not np.any(ascends & (rank > 0)), "tracked products are not in descending order"
         below = self.shift - rows["margin"][:, None]
         assert np.all(tracked | (start <= below + tolerance)), "a product within the margin is not tracked"
-        touched = (pairs["active"] == 1) | (pairs["base"] != 0.0)
+        touched = pairs.active[place] | (pairs.base[place] != 0.0)
         assert np.all(rank[touched] < rows["reach"][neuron[touched]]), "a pair was active beyond the reach of its row"
         coactive = np.tril(active.T.astype(int) @ active)
         assert np.array_equal(np.tril(self.counts), coactive), "counts are not the active sets'"
         assert self.changing == active.any(axis=1).sum(), "the number of neurons that move is wrong"
-        certified = np.where(active.any(axis=1), certificates, np.inf)
+        certified = np.where(active.any(axis=1), pairs.certificates, np.inf)
         assert certified.min(initial=np.inf) >= self._distance, "a certificate is late"
         for horizon, neurons in self._ladder:
             outside = np.ones(self.n_live, bool)
