@@ -1297,7 +1297,6 @@ def _seed(random_state):
 
 # Margins are MARGIN times the largest movement expected of a product. @@
 MARGIN = 1.6
-GATHER = 16
 
 GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments for the average case of Shellsort", 2001
 
@@ -1309,6 +1308,7 @@ LIVE_ROW = np.dtype(
         ("scale", np.float64),  # -a_r / sqrt(m)
         ("margin", np.float64),  # starting products that are not tracked are further below b than this
         ("size", np.int32),
+        ("limit", np.float64),  # no pair can have flipped while the sum of `path` over act(r) is below this
         ("reach", np.int32),  # pairs that have ever been active are among so many first ones
         ("vector", np.int32),  # where the starting weights are
     ],
@@ -1336,6 +1336,7 @@ class PointData(NamedTuple):
     XXt: np.ndarray  # (n, n)
     cross: np.ndarray  # (n,) largest |<x_i, x_j>| over j != i, and more than 0
     shift: float
+    gather: float  # cost of an entry of X X^T out of order, in multiply-adds of rows of X
 
 
 # What the looks add up, chunk by chunk: neurons looked at, flips, neurons that came to be active on some point less those
@@ -1458,24 +1459,24 @@ def _dots(X, rows, first, count, w, out):
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def _look(pairs, due, distance, sums, data, counts, outputs, tally):
+def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
     """Looks at the neurons `due`: finds their flips, adds what these change to counts[i, j] = |Q_i n Q_j|, j <= i, and to
     the outputs f, and makes out new certificates; -inf for a neuron whose untracked products may have reached b.
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
     # operations, on which the threads would wait (145 instead of 43 ns a row).
     rows, certificates, points, products, base, active, _ = pairs
-    X, X32, XXt, cross, shift = data
+    X, X32, XXt, cross, shift, gather = data
     n, d = X.shape
     firing, moved_by, factors = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), np.empty(n + 1)
     w, w32, moves = np.empty(d), np.empty(d, np.float32), np.empty(n)
     widest = cross.max()
     own = 1.0 - widest + 1e-6  # rows of X may be longer than 1 by as much
-    operations = flips = woken = shorts = 0
+    operations = flips = woken = shorts = reads = 0
     for q in due:
         row = rows[q]
         first, size, reach, scale = row.start, row.size, row.reach, row.scale
-        k, c, bound = 0, 0, 0.0
+        k, c, bound, gone = 0, 0, 0.0, 0.0
         for e in range(first, first + reach):  # always written, kept if it counts: no branch to mispredict
             j = points[e]
             gamma = base[e] + (sums[j] if active[e] else 0.0)
@@ -1484,7 +1485,12 @@ def _look(pairs, due, distance, sums, data, counts, outputs, tally):
             c += gamma != 0.0
             firing[k] = j
             k += active[e]
-        through_X, tolerance = GATHER * c * size > (c + size) * d, 0.0
+            gone += path[j] if active[e] else 0.0
+        if gone < row.limit:
+            certificates[q] = distance + (row.limit - gone) / k
+            continue
+        reads += 1
+        through_X, tolerance = gather * c * size > (c + size) * d, 0.0
         if through_X:
             length = (1.0 + 2e-6) * _combine(factors, moved_by, c, X, w)
             w32[:] = w
@@ -1492,8 +1498,13 @@ def _look(pairs, due, distance, sums, data, counts, outputs, tally):
             tolerance = (d + 4) * 2.0**-24 * length
             operations += c * d
         stop = reach
-        while stop < size and products[first + stop] >= shift - bound:
-            stop += 1
+        end = size
+        while stop < end:  # bisection
+            middle = (stop + end) // 2
+            if products[first + middle] >= shift - bound:
+                stop = middle + 1
+            else:
+                end = middle
         if through_X:
             _dots(X32, points, first, stop, w32, moves)
         still, on, off = k, np.inf, np.inf  # how many pairs are active; how far active and inactive ones are from b
@@ -1533,7 +1544,11 @@ def _look(pairs, due, distance, sums, data, counts, outputs, tally):
         certificates[q] = certificate
         woken += (still > 0) - (k > 0)
         row.reach = reach
-    tally[LOOKED_AT] += due.size
+        gone = 0.0
+        for a in range(still):
+            gone += path[firing[a]]
+        row.limit = gone + min(on, off / widest) - tolerance / widest
+    tally[LOOKED_AT] += reads
     tally[FLIPS] += flips
     tally[WOKEN] += woken
     tally[SHORT] += shorts
@@ -1541,7 +1556,7 @@ def _look(pairs, due, distance, sums, data, counts, outputs, tally):
 
 
 @njit(parallel=True, cache=True)
-def _walk(pairs, neurons, distance, horizon, sums, data, counts, outputs, tallies, near, near_sizes):
+def _walk(pairs, neurons, distance, horizon, sums, path, data, counts, outputs, tallies, near, near_sizes):
     """_look at those of `neurons` whose certificates ran out; then writes those of them whose certificates are at most
     `horizon` to near, in CHUNKS pieces of near_sizes.
 
@@ -1552,7 +1567,7 @@ def _walk(pairs, neurons, distance, horizon, sums, data, counts, outputs, tallie
         for chunk in range(CHUNKS * thread // len(counts), CHUNKS * (thread + 1) // len(counts)):
             low, high = neurons.size * chunk // CHUNKS, neurons.size * (chunk + 1) // CHUNKS
             mine = due[: _below(pairs.certificates, neurons, low, high, distance, due)]
-            _look(pairs, mine, distance, sums, data, counts[thread], outputs[chunk], tallies[chunk])
+            _look(pairs, mine, distance, sums, path, data, counts[thread], outputs[chunk], tallies[chunk])
             near_sizes[chunk] = _below(pairs.certificates, neurons, low, high, horizon, near[low:])
 
 
@@ -1595,7 +1610,7 @@ def _widen(pairs, short, made, margins, starts, shift):
 def _add_outputs(pairs, low, high, sums, data, outputs):
     """Adds f of the neurons low, ..., high - 1 to outputs, from their pairs."""
     rows, _, points, products, base, active, _ = pairs
-    X, _, XXt, _, shift = data
+    X, _, XXt, _, shift, gather = data
     n, d = X.shape
     firing, excess, moved_by, factors = (
         np.empty(n + 1, np.int64),
@@ -1614,7 +1629,7 @@ def _add_outputs(pairs, low, high, sums, data, outputs):
             c += gamma != 0.0
             firing[k], excess[k] = j, products[e] - shift
             k += active[e]
-        if GATHER * c * k <= (c + k) * d:
+        if gather * c * k <= (c + k) * d:
             for h in range(k):
                 product, j = 0.0, firing[h]
                 for a in range(c):
@@ -1991,8 +2006,9 @@ class _Lazy(_Search):
     def _allocate(self):
         n = len(self.X)
         cross = np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1)
-        self._data = PointData(self.X, self.X.astype(np.float32), self.XXt, np.maximum(cross, 1e-12), self.shift)
-        self._sum = np.zeros(n)
+        gather = 4.0 if n <= 362 else 64.0  # whether X X^T stays in a second-level cache of 1 MB
+        self._data = PointData(self.X, self.X.astype(np.float32), self.XXt, np.maximum(cross, 1e-12), self.shift, gather)
+        self._sum, self._path = np.zeros(n), np.zeros(n)
         self._distance = self._last_move = 0.0
         self.changing = 0
         self.widened = 0  # rows made anew, for those who look inside
@@ -2033,6 +2049,7 @@ class _Lazy(_Search):
         vectors, self.live, self.signs, sizes, margins = map(np.concatenate, (vectors, live, signs, sizes, margins))
         self.n_live, self.signs = self.live.size, self.signs.astype(float)
         rows = np.zeros(self.n_live, LIVE_ROW)
+        rows["limit"] = -np.inf
         copies = self.n_live // max(1, len(vectors))
         firsts = np.cumsum(counts) - counts
         owned = [np.tile(np.arange(low, low + count), copies) for low, count in zip(firsts, counts, strict=True)]
@@ -2074,6 +2091,7 @@ class _Lazy(_Search):
         self._last_move = np.abs(step).max() / np.sqrt(self.width)
         self._distance += self._last_move
         self._sum += step
+        self._path += np.abs(step) / np.sqrt(self.width)
         lap("seconds_update")
         while self._ladder[-1][0] < self._distance:
             self._ladder.pop()
@@ -2103,7 +2121,7 @@ class _Lazy(_Search):
         outputs, tallies = np.zeros((CHUNKS, n)), np.zeros((CHUNKS, 5), np.int64)
         near, near_sizes = np.empty_like(neurons), np.empty(CHUNKS, np.int64)
         horizon = self._distance + self._last_move
-        state = self._sum, self._data, counts, outputs, tallies
+        state = self._sum, self._path, self._data, counts, outputs, tallies
         _run(_walk, work, self._pairs, neurons, self._distance, horizon, *state, near, near_sizes)
         firsts = neurons.size * np.arange(CHUNKS) // CHUNKS
         near = np.concatenate([near[low : low + size] for low, size in zip(firsts, near_sizes, strict=True)])
