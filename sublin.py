@@ -1470,8 +1470,7 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
     n, d = X.shape
     firing, moved_by, factors = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), np.empty(n + 1)
     w, w32, moves = np.empty(d), np.empty(d, np.float32), np.empty(n)
-    widest = cross.max()
-    own = 1.0 - widest + 1e-6  # rows of X may be longer than 1 by as much
+    inverse = -1.0 / cross.max()
     operations = flips = woken = shorts = reads = 0
     for q in due:
         row = rows[q]
@@ -1507,47 +1506,52 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
                 end = middle
         if through_X:
             _dots(X32, points, first, stop, w32, moves)
-        still, on, off = k, np.inf, np.inf  # how many pairs are active; how far active and inactive ones are from b
-        for e in range(first, first + stop):
-            excess, j = products[e] - shift, points[e]
-            if through_X:
-                move = moves[e - first]
-                if (excess + move >= 0.0) != active[e] or not abs(excess + move) > tolerance:
-                    move = 0.0
-                    for z in range(d):
-                        move += w[z] * X[j, z]
-                excess += move
-            else:
+        else:
+            for e in range(stop):
+                move, j = 0.0, points[first + e]
                 for a in range(c):
-                    excess += factors[a] * XXt[j, moved_by[a]]
-            is_active = excess >= 0.0
-            on = min(on, excess if is_active else np.inf)
-            off = min(off, np.inf if is_active else -excess)
-            if is_active != active[e]:
-                outputs[j] -= scale * abs(excess)
-                base[e] += -sums[j] if is_active else sums[j]
-                active[e] = is_active
-                still = _flip(j, is_active, firing, still, counts)
-                reach = max(reach, e + 1 - first)
-                flips += 1
-                operations += still
+                    move += factors[a] * XXt[j, moved_by[a]]
+                moves[e] = move
         operations += stop * (d if through_X else c)
-        off = min(off, (shift - products[first + stop] if stop < size else row.margin) - bound)
-        certificate = np.inf
-        if off < 0.0:
-            certificate = -np.inf
+        rest = (bound - (shift - products[first + stop] if stop < size else row.margin)) * inverse
+        slack = rest
+        for e in range(stop):
+            excess = products[first + e] + moves[e] - shift
+            slack = min(slack, excess if active[first + e] else excess * inverse)
+        still = k
+        if slack <= tolerance:
+            slack = rest
+            for e in range(first, first + stop):
+                excess, j = products[e] + moves[e - first] - shift, points[e]
+                if (excess >= 0.0) != active[e] or not abs(excess) > tolerance:
+                    if through_X:
+                        excess = products[e] - shift
+                        for z in range(d):
+                            excess += w[z] * X[j, z]
+                    is_active = excess >= 0.0
+                    if is_active != active[e]:
+                        outputs[j] -= scale * abs(excess)
+                        base[e] += -sums[j] if is_active else sums[j]
+                        active[e] = is_active
+                        still = _flip(j, is_active, firing, still, counts)
+                        reach = max(reach, e + 1 - first)
+                        flips += 1
+                        operations += still
+                slack = min(slack, excess if active[e] else excess * inverse)
+            woken += (still > 0) - (k > 0)
+            row.reach = reach
+            gone = 0.0
+            for a in range(still):
+                gone += path[firing[a]]
+        if rest < 0.0:
+            certificates[q] = row.limit = -np.inf
             shorts += 1
         elif still > 0:
-            certificate = distance + max(
-                0.0, min((on - tolerance) / (still * widest + own), (off - tolerance) / (still * widest))
-            )
-        certificates[q] = certificate
-        woken += (still > 0) - (k > 0)
-        row.reach = reach
-        gone = 0.0
-        for a in range(still):
-            gone += path[firing[a]]
-        row.limit = gone + min(on, off / widest) - tolerance / widest
+            slack = max(0.0, slack - tolerance) * (1.0 - 3e-6)  # rows of X may be longer than 1 by 1e-6
+            certificates[q] = distance + slack / still
+            row.limit = gone + slack
+        else:
+            certificates[q] = np.inf
     tally[LOOKED_AT] += reads
     tally[FLIPS] += flips
     tally[WOKEN] += woken
