@@ -637,12 +637,15 @@ def _coactivity(active, n, bands):
 
 @njit(parallel=True, cache=True)
 def _gram(XXt, counts, width):
-    """(X X^T) o C / m, from the lower triangle of C."""
+    """(X X^T) o C / m, C being the sum of the `counts` (., n, n), of which the lower triangles are read."""
     gram = np.empty_like(XXt)
     for k in prange(len(XXt)):
         i = k // 2 if k % 2 == 0 else len(XXt) - 1 - k // 2  # short rows with long ones
         for j in range(i + 1):
-            gram[i, j] = gram[j, i] = XXt[i, j] * counts[i, j] / width
+            count = 0
+            for part in range(len(counts)):
+                count += counts[part, i, j]
+            gram[i, j] = gram[j, i] = XXt[i, j] * count / width
     return gram
 
 
@@ -708,7 +711,7 @@ class SparseJacobian(LinearOperator):
         Beyond n = 1000 the counts are made in n^2 / 2^19 bands, and every band passes over the active sets once more.
         """
         counts = _coactivity_of(self.active, len(self.X))
-        return _run(_gram, counts.size, self._XXt, counts, self.width)
+        return _run(_gram, counts.size, self._XXt, counts[None], self.width)
 
     def active_counts(self):
         """|Q_i| for every point (n,)."""
@@ -915,7 +918,7 @@ def _solve_cholesky(J, residual, damping, lap):
     if damping > 0:
         G = G + damping * np.eye(len(G))
     try:
-        factor = scipy.linalg.cho_factor(G, lower=True, check_finite=False)
+        factor = scipy.linalg.cho_factor(G.T, lower=True, check_finite=False)  # in LAPACK's order
     except np.linalg.LinAlgError:
         raise _singular_error(J) from None
     pivots = np.diag(factor[0])
@@ -1301,18 +1304,16 @@ MARGIN = 1.6
 GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments for the average case of Shellsort", 2001
 
 
-# A live neuron. Its pairs are start, ..., start + size - 1. One record takes one cache line, several arrays one each.
+# A live neuron. Its pairs are start, ..., start + size - 1. A record of 32 bytes is half a cache line.
 LIVE_ROW = np.dtype(
     [
         ("start", np.int64),
-        ("scale", np.float64),  # -a_r / sqrt(m)
-        ("margin", np.float64),  # starting products that are not tracked are further below b than this
-        ("size", np.int32),
         ("limit", np.float64),  # no pair can have flipped while the sum of `path` over act(r) is below this
+        ("margin", np.float32),  # starting products that are not tracked are further below b than this
+        ("size", np.int32),
         ("reach", np.int32),  # pairs that have ever been active are among so many first ones
-        ("vector", np.int32),  # where the starting weights are
-    ],
-    align=True,
+        ("sign", np.int32),  # a_r
+    ]
 )
 
 
@@ -1326,6 +1327,7 @@ class LivePairs(NamedTuple):
     base: np.ndarray  # (room,)
     active: np.ndarray  # (room,) bool
     vectors: np.ndarray  # (n_live or n_live / 2, d) float32, starting weights
+    vector_of: np.ndarray  # (n_live,) which of them is the neuron's
 
 
 class PointData(NamedTuple):
@@ -1336,6 +1338,7 @@ class PointData(NamedTuple):
     XXt: np.ndarray  # (n, n)
     cross: np.ndarray  # (n,) largest |<x_i, x_j>| over j != i, and more than 0
     shift: float
+    scale: float  # m^(-1/2)
     gather: float  # cost of an entry of X X^T out of order, in multiply-adds of rows of X
 
 
@@ -1386,7 +1389,7 @@ def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
     Candidates come from float32 products, which are wrong by `rounding` at most.
     """
     n, d = X.shape
-    sizes, live, margins = np.empty(rows.size, np.int32), np.empty(rows.size, np.int64), np.empty(rows.size)
+    sizes, live, margins = np.empty(rows.size, np.int32), np.empty(rows.size, np.int64), np.empty(rows.size, np.float32)
     points, exact = np.empty(room, np.int32), np.empty(room)
     w = np.empty(d)
     found = free = 0
@@ -1400,7 +1403,8 @@ def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
         _sort_descending(exact, points, free, end)
         if exact[free] >= shift:
             live[found], sizes[found] = r, end - free
-            margins[found] = np.inf if end - free == n else shift - rounding - np.float64(thresholds[r])
+            margin = shift - rounding - np.float64(thresholds[r])
+            margins[found] = np.inf if end - free == n else (1.0 - 1e-6) * margin  # rounded down
             found, free = found + 1, end
     return live[:found], sizes[:found], margins[:found], points[:free], exact[:free]
 
@@ -1465,8 +1469,8 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
     # operations, on which the threads would wait (145 instead of 43 ns a row).
-    rows, certificates, points, products, base, active, _ = pairs
-    X, X32, XXt, cross, shift, gather = data
+    rows, certificates, points, products, base, active, _, _ = pairs
+    X, X32, XXt, cross, shift, unit, gather = data
     n, d = X.shape
     firing, moved_by, factors = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), np.empty(n + 1)
     w, w32, moves = np.empty(d), np.empty(d, np.float32), np.empty(n)
@@ -1474,7 +1478,7 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
     operations = flips = woken = shorts = reads = 0
     for q in due:
         row = rows[q]
-        first, size, reach, scale = row.start, row.size, row.reach, row.scale
+        first, size, reach, scale = row.start, row.size, row.reach, -unit * row.sign
         k, c, bound, gone = 0, 0, 0.0, 0.0
         for e in range(first, first + reach):  # always written, kept if it counts: no branch to mispredict
             j = points[e]
@@ -1613,8 +1617,8 @@ def _widen(pairs, short, made, margins, starts, shift):
 @njit(cache=True, fastmath=FAST)
 def _add_outputs(pairs, low, high, sums, data, outputs):
     """Adds f of the neurons low, ..., high - 1 to outputs, from their pairs."""
-    rows, _, points, products, base, active, _ = pairs
-    X, _, XXt, _, shift, gather = data
+    rows, _, points, products, base, active, _, _ = pairs
+    X, _, XXt, _, shift, unit, gather = data
     n, d = X.shape
     firing, excess, moved_by, factors = (
         np.empty(n + 1, np.int64),
@@ -1625,7 +1629,7 @@ def _add_outputs(pairs, low, high, sums, data, outputs):
     w, moves = np.empty(d), np.empty(n)
     for q in range(low, high):
         row = rows[q]
-        k, c, scale = 0, 0, row.scale
+        k, c, scale = 0, 0, -unit * row.sign
         for e in range(row.start, row.start + row.reach):
             j = points[e]
             gamma = base[e] + (sums[j] if active[e] else 0.0)
@@ -1659,7 +1663,7 @@ def _all_outputs(pairs, sums, data):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _moves(pairs, neurons, sums, X):
+def _moves(pairs, neurons, sums, X, unit):
     """dw of some neurons (len(neurons), d)."""
     dW = np.zeros((neurons.size, X.shape[1]))
     for z in range(neurons.size):
@@ -1668,7 +1672,7 @@ def _moves(pairs, neurons, sums, X):
             gamma = pairs.base[e] + (sums[pairs.points[e]] if pairs.active[e] else 0.0)
             if gamma != 0.0:
                 for c in range(X.shape[1]):
-                    dW[z, c] += row.scale * gamma * X[pairs.points[e], c]
+                    dW[z, c] += row.sign * -unit * gamma * X[pairs.points[e], c]
     return dW
 
 
@@ -1703,7 +1707,7 @@ class _CountedJacobian(SparseJacobian):
         return self._search.signs[self.active.neurons]
 
     def active_counts(self):
-        return np.diag(self._search.counts)
+        return np.einsum("tii->i", self._search.counts)
 
     def gram_times(self, v):
         return self._search.gram @ v
@@ -2011,7 +2015,15 @@ class _Lazy(_Search):
         n = len(self.X)
         cross = np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1)
         gather = 4.0 if n <= 362 else 64.0  # whether X X^T stays in a second-level cache of 1 MB
-        self._data = PointData(self.X, self.X.astype(np.float32), self.XXt, np.maximum(cross, 1e-12), self.shift, gather)
+        self._data = PointData(
+            self.X,
+            self.X.astype(np.float32),
+            self.XXt,
+            np.maximum(cross, 1e-12),
+            self.shift,
+            1.0 / np.sqrt(self.width),
+            gather,
+        )
         self._sum, self._path = np.zeros(n), np.zeros(n)
         self._distance = self._last_move = 0.0
         self.changing = 0
@@ -2057,9 +2069,8 @@ class _Lazy(_Search):
         copies = self.n_live // max(1, len(vectors))
         firsts = np.cumsum(counts) - counts
         owned = [np.tile(np.arange(low, low + count), copies) for low, count in zip(firsts, counts, strict=True)]
-        rows["vector"] = np.concatenate(owned)
         rows["start"], rows["size"] = np.cumsum(sizes, dtype=np.int64) - sizes, sizes
-        rows["scale"], rows["margin"] = self.signs / -np.sqrt(self.width), margins
+        rows["sign"], rows["margin"] = self.signs, margins
         self._used = int(sizes.sum())
         room = self._used + self._used // 2  # memory that is not written is not taken
         self._pairs = LivePairs(
@@ -2070,16 +2081,19 @@ class _Lazy(_Search):
             base=np.zeros(room),
             active=np.zeros(room, bool),
             vectors=vectors,
+            vector_of=np.concatenate(owned),
         )
         np.concatenate(points, out=self._pairs.points[: self._used])
         np.concatenate(products, out=self._pairs.products[: self._used])
         self._ladder = [(np.inf, np.arange(self.n_live, dtype=np.int32))]
-        self.counts, self.outputs = np.zeros((n, n), np.int32), np.zeros(n)
+        # One for each thread, to be added up; in 256 MB at most.
+        self.counts = np.zeros((max(1, min(numba.get_num_threads(), (1 << 26) // n**2)), n, n), np.int32)
+        self.outputs = np.zeros(n)
         self._pass()  # every active pair is found to have woken
 
     @property
     def pairs(self):
-        return int(np.trace(self.counts))
+        return int(np.einsum("tii->", self.counts))
 
     @cached_property
     def gram(self):
@@ -2120,8 +2134,7 @@ class _Lazy(_Search):
         more move like the last one, and the number of flips."""
         n = len(self.X)
         work = 8 * neurons.size
-        threads = min(numba.get_num_threads(), max(1, (1 << 26) // n**2)) if work >= 1 << 16 else 1
-        counts = np.zeros((threads, n, n), np.int32)
+        counts = self.counts if work >= 1 << 16 else self.counts[:1]
         outputs, tallies = np.zeros((CHUNKS, n)), np.zeros((CHUNKS, 5), np.int64)
         near, near_sizes = np.empty_like(neurons), np.empty(CHUNKS, np.int64)
         horizon = self._distance + self._last_move
@@ -2129,11 +2142,10 @@ class _Lazy(_Search):
         _run(_walk, work, self._pairs, neurons, self._distance, horizon, *state, near, near_sizes)
         firsts = neurons.size * np.arange(CHUNKS) // CHUNKS
         near = np.concatenate([near[low : low + size] for low, size in zip(firsts, near_sizes, strict=True)])
-        self.counts += counts.sum(axis=0, dtype=np.int32)
         self.outputs += outputs.sum(axis=0)
         looked_at, flips, woken, _, operations = map(int, tallies.sum(axis=0))
         self.looked_at += looked_at
-        self.operations += operations + neurons.size + self.counts.size
+        self.operations += operations + neurons.size + n * n
         self.changing += woken
         return near, flips
 
@@ -2145,9 +2157,9 @@ class _Lazy(_Search):
         for low in range(0, short.size, batch):
             some = short[low : low + batch]
             rows = self._pairs.rows[some]
-            made = self._pairs.vectors[rows["vector"]].astype(float) @ self.X.T
-            moved = np.linalg.norm(_moves(self._pairs, some, self._sum, self.X), axis=1)
-            margins = 2.0 * np.maximum(rows["margin"], moved)
+            made = self._pairs.vectors[self._pairs.vector_of[some]].astype(float) @ self.X.T
+            moved = np.linalg.norm(_moves(self._pairs, some, self._sum, self.X, self._data.scale), axis=1)
+            margins = (2.0 * np.maximum(rows["margin"], moved)).astype(np.float32)
             ends = self._used + np.cumsum(np.count_nonzero(made >= (self.shift - margins)[:, None], axis=1))
             starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
             self._reserve(self._used)
@@ -2185,7 +2197,7 @@ class _Lazy(_Search):
 
         def trained(low, high):
             neurons = np.arange(low, min(high, self.n_live))
-            return pairs.vectors[pairs.rows["vector"][neurons]] + _moves(pairs, neurons, self._sum, self.X)
+            return pairs.vectors[pairs.vector_of[neurons]] + _moves(pairs, neurons, self._sum, self.X, self._data.scale)
 
         return trained
 
@@ -2193,8 +2205,8 @@ class _Lazy(_Search):
         """Asserts every invariant of the live pairs against the weights and all products of live neurons."""
         pairs, n = self._pairs, len(self.X)
         rows = pairs.rows
-        start = pairs.vectors[rows["vector"]] @ self.X.T
-        moves = _moves(pairs, np.arange(self.n_live), self._sum, self.X)
+        start = pairs.vectors[pairs.vector_of] @ self.X.T
+        moves = _moves(pairs, np.arange(self.n_live), self._sum, self.X, self._data.scale)
         products = start + moves @ self.X.T
         tolerance = 1e-9 * (1.0 + np.abs(products))
         neuron = np.repeat(np.arange(self.n_live), rows["size"])
@@ -2215,7 +2227,7 @@ class _Lazy(_Search):
         touched = pairs.active[place] | (pairs.base[place] != 0.0)
         assert np.all(rank[touched] < rows["reach"][neuron[touched]]), "a pair was active beyond the reach of its row"
         coactive = np.tril(active.T.astype(int) @ active)
-        assert np.array_equal(np.tril(self.counts), coactive), "counts are not the active sets'"
+        assert np.array_equal(np.tril(self.counts.sum(axis=0)), coactive), "counts are not the active sets'"
         assert self.changing == active.any(axis=1).sum(), "the number of neurons that move is wrong"
         certified = np.where(active.any(axis=1), pairs.certificates, np.inf)
         assert certified.min(initial=np.inf) >= self._distance, "a certificate is late"
