@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore:relative residual")  # many fits stop early on purpose
 core = pytest.mark.core
 
-SEARCHES = ("dense", "scan", "tree")
+SEARCHES = ("dense", "scan", "tree", "lazy")
 SOLVERS = ("cholesky", "sketch", "richardson", "cg", "gradient")
 SKETCHES = (gaussian_sketch, srht_sketch, sparse_sign_sketch)
 
@@ -836,7 +836,8 @@ def test_fitting_again_starts_anew(search):
 # ======================================================================================================================
 
 PHASES = {"seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update"}
-KEYS = {"iteration", "residual", "active", "changed", "flips", "inner_iterations", "damping", "operations", "seconds"}
+KEYS = {"iteration", "residual", "active", "changed", "looked_at", "flips", "inner_iterations", "damping", "operations"}
+KEYS |= {"seconds"}
 
 
 @core
