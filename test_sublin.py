@@ -881,7 +881,7 @@ def test_operations_of_a_step_are_bounded_by_changed_neurons_in_trees_and_by_all
     n, d, m = 4, 6, 1 << 16
     runs = {search: trainer(m, search=search).fit(X, y).history_ for search in SEARCHES}
     levels = int(np.ceil(np.log(m) / np.log(sublin.FAN_OUT)))
-    for dense, scan, tree in zip(*(runs[search][1:] for search in SEARCHES), strict=True):
+    for dense, scan, tree in zip(*(runs[search][1:] for search in ("dense", "scan", "tree")), strict=True):
         pairs = n * tree["changed"]
         nodes = (sublin.FAN_OUT + 1) * levels * (tree["changed"] + tree["flips"])
         assert tree["operations"] <= n * pairs + 2 * n * nodes
