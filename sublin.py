@@ -1556,6 +1556,7 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
                 gone += path[firing[a]]
         if rest < 0.0:
             certificates[q] = row.limit = -np.inf
+            row.margin = bound  # what it would have taken
             shorts += 1
         elif still > 0:
             slack = max(0.0, slack - tolerance) * (1.0 - 3e-6)  # rows of X may be longer than 1 by 1e-6
@@ -2020,6 +2021,8 @@ class _Lazy(_Search):
 
     def _allocate(self):
         n = len(self.X)
+        expected = n * self.width * scipy.special.ndtr(-self.shift)  # active pairs at the start; more are tracked
+        _check_memory(f"live pairs of {n} points and {self.width} neurons", 21 * expected)
         cross = np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1)
         gather = 4.0 if n <= 362 else 64.0  # whether X X^T stays in a second-level cache of 1 MB
         self._data = PointData(
@@ -2127,14 +2130,14 @@ class _Lazy(_Search):
 
     def _pass(self):
         """Looks at the neurons whose certificates ran out; returns the number of flips."""
-        neurons = self._ladder[-1][1]
+        horizon, neurons = self._ladder[-1]
         near, flips = self._look_among(neurons)
         short = near[self._pairs.certificates[near] == -np.inf]
         if short.size:
             self._widen(short)
             flips += self._look_among(short)[1]
         if near.size < neurons.size // 2:
-            self._ladder.append((self._distance + self._last_move, near))
+            self._ladder.append((min(horizon, self._distance + self._last_move), near))
         return flips
 
     def _look_among(self, neurons):
@@ -2158,7 +2161,7 @@ class _Lazy(_Search):
         return near, flips
 
     def _widen(self, short):
-        """Makes rows anew whose margins are too small, with margins twice as wide as is needed now."""
+        """Makes the rows anew whose margins are too small, with margins twice as wide as is needed now."""
         n = len(self.X)
         self.widened += short.size
         batch = max(1, (1 << 20) // n)
@@ -2166,8 +2169,7 @@ class _Lazy(_Search):
             some = short[low : low + batch]
             rows = self._pairs.rows[some]
             made = self._pairs.vectors[self._pairs.vector_of[some]].astype(float) @ self.X.T
-            moved = np.linalg.norm(_moves(self._pairs, some, self._sum, self.X, self._data.scale), axis=1)
-            margins = (2.0 * np.maximum(rows["margin"], moved)).astype(np.float32)
+            margins = 2 * rows["margin"]
             ends = self._used + np.cumsum(np.count_nonzero(made >= (self.shift - margins)[:, None], axis=1))
             starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
             self._reserve(self._used)
@@ -2236,9 +2238,15 @@ class _Lazy(_Search):
         assert np.all(rank[touched] < rows["reach"][neuron[touched]]), "a pair was active beyond the reach of its row"
         coactive = np.tril(active.T.astype(int) @ active)
         assert np.array_equal(np.tril(self.counts.sum(axis=0)), coactive), "counts are not the active sets'"
-        assert self.changing == active.any(axis=1).sum(), "the number of neurons that move is wrong"
-        certified = np.where(active.any(axis=1), pairs.certificates, np.inf)
-        assert certified.min(initial=np.inf) >= self._distance, "a certificate is late"
+        moving = active.any(axis=1)
+        assert self.changing == moving.sum(), "the number of neurons that move is wrong"
+        certificates, firing, excess = pairs.certificates[moving], active[moving], excess[moving]
+        paths, distances = firing @ self._path, firing.sum(axis=1) * (certificates - self._distance)
+        claimed = np.maximum(rows["limit"][moving] - paths, distances)
+        slack = np.where(firing, excess, -excess / self._data.cross.max()) + tolerance[moving]
+        assert np.all(claimed[:, None] <= slack), "a pair can flip before its certificate ends"
+        certified = np.where(moving, pairs.certificates, np.inf)
+        assert np.all(certified >= self._distance), "a certificate is late"
         for horizon, neurons in self._ladder:
             outside = np.ones(self.n_live, bool)
             outside[neurons] = False

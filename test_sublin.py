@@ -9,6 +9,7 @@ Tests marked `core` are small enough to run interpreted, and are the ones to rep
 import re
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -710,6 +711,188 @@ def test_active_means_at_or_above_the_shift(search, dtype, offset):
 
 
 # ======================================================================================================================
+# Trainer: live pairs
+# ======================================================================================================================
+
+
+def lazy_states(X, y, width, **options):
+    """A network trained by "lazy", checked after every step, and (weights, active sets) at the start and after each step."""
+    states = []
+    fitted = trainer(width, search="lazy", **options)
+
+    def look(record):
+        fitted.check()
+        states.append((fitted.weights(), fitted.active_sets()))
+
+    return fitted.set_params(callback=look).fit(X, y), states
+
+
+def assert_takes_dense_steps(X, y, fitted, states):
+    """Active sets are those of the weights, and each step is the dense one from where the last one led.
+
+    Step by step, because rounding errors grow from step to step where training is far from converging.
+    """
+    signs, shift = fitted.signs_.astype(float), fitted.shift_
+    for record, (W, active) in zip(fitted.history_, states, strict=True):
+        assert_same_pairs(active, X @ W.T >= shift)
+        expected = np.linalg.norm(dense_outputs(X, W, signs, shift) - y) / np.linalg.norm(y)
+        assert record["residual"] == pytest.approx(expected, rel=1e-7, abs=1e-11)
+    for (before, _), (after, _) in pairwise(states):
+        _, (_, expected) = dense_training(X, y, before, signs, shift, 1, fitted.damping)
+        np.testing.assert_allclose(after, expected, rtol=1e-6, atol=1e-8 * np.abs(y).max())
+
+
+@core
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    n=st.integers(1, 24),
+    d=st.integers(1, 12),
+    pairs=st.integers(1, 150),
+    shift=st.floats(-1.0, 2.0),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    damping=st.sampled_from([0.01, 0.3]),
+    margin=st.sampled_from([1e-3, sublin.MARGIN]),
+    init=st.sampled_from(["antisymmetric", "gaussian"]),
+    seed=st.integers(0, 99),
+)
+def test_lazy_steps_are_dense_steps_in_every_regime(n, d, pairs, shift, scale, damping, margin, init, seed):
+    X, y = problem(n, d, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sublin, "MARGIN", margin)
+        options = {"shift": shift, "damping": damping, "init": init, "random_state": seed, "max_iter": 4}
+        fitted, states = lazy_states(X, scale * y, 2 * pairs, **options)
+    assert_takes_dense_steps(X, scale * y, fitted, states)
+
+
+@pytest.mark.parametrize(
+    "n, d, width, scale, shift, widens",
+    [
+        (100, 4, 256, 1.0, 0.5, True),  # more points than neurons can tell apart
+        (400, 3, 512, 1.0, 1.0, True),  # beyond 362 points X X^T is out of cache, and moves are made through vectors
+        (24, 8, 1024, 300.0, 1.5, False),  # targets so far away that all products of live neurons are tracked
+        (6, 4, 64, 1.0, -9.0, False),  # everything active
+    ],
+)
+def test_margins_that_run_out_are_widened(n, d, width, scale, shift, widens):
+    X, y = problem(n, d)
+    fitted, states = lazy_states(X, scale * y, width, shift=shift, damping=0.01, max_iter=8)
+    assert_takes_dense_steps(X, scale * y, fitted, states)
+    assert (fitted._search.widened > 0) == widens
+
+
+def test_widening_all_rows_again_and_again_finds_more_room(monkeypatch):
+    monkeypatch.setattr(sublin, "MARGIN", 1e-3)
+    X, y = problem(16, 8)
+    fitted, states = lazy_states(X, y, 4096, shift=1.5)
+    assert fitted.converged_ and fitted._search.widened > fitted.n_live_ / 2
+    assert fitted._search._used < fitted._search._pairs.points.size
+    assert_takes_dense_steps(X, y, fitted, states)
+
+
+def test_later_steps_look_at_few_neurons():
+    X, y = problem(16, 16)
+    lazy, tree = (trainer(1 << 16, search=search).fit(X, y) for search in ("lazy", "tree"))
+    first, *_, last = (record["looked_at"] for record in lazy.history_[1:])
+    assert first > lazy.n_live_ / 4 and last < first / 100
+    assert all(record["looked_at"] > lazy.n_live_ for record in tree.history_)
+    np.testing.assert_allclose(residuals_of(lazy), residuals_of(tree), rtol=1e-6, atol=1e-11)
+
+
+@pytest.mark.parametrize("margin", [0.05, sublin.MARGIN])
+def test_live_pairs_have_the_same_bits_for_any_number_of_threads(margin, monkeypatch):
+    monkeypatch.setattr(sublin, "MARGIN", margin)
+    X, y = problem(40, 8)
+    most, runs = numba.get_num_threads(), []
+    for threads in (1, most):
+        numba.set_num_threads(threads)
+        try:
+            runs.append(trainer(4 * sublin.BLOCK, shift=1.0).fit(X, y))
+        finally:
+            numba.set_num_threads(most)
+    first, second = runs
+    assert first._search.widened == second._search.widened and first._search.widened > 1000
+    np.testing.assert_array_equal(residuals_of(first), residuals_of(second))
+    np.testing.assert_array_equal(first.weights(), second.weights())
+
+
+def spoil_first(name, value):
+    """Overwrites an entry of the first row with an active pair, or of its first pair, the most active one."""
+
+    def spoil(search):
+        pairs = search._pairs
+        q = np.argmax(np.isfinite(pairs.certificates))
+        array, place = (pairs.rows[name], q) if name in pairs.rows.dtype.names else (getattr(pairs, name), q)
+        if array.size != len(pairs.rows):
+            place = pairs.rows["start"][q]
+        array[place] = value(array[place])
+
+    return spoil
+
+
+@core
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (spoil_first("certificates", lambda certificate: np.inf), "a pair can flip before its certificate ends"),
+        (spoil_first("limit", lambda limit: limit + 3.0), "a pair can flip before its certificate ends"),
+        (spoil_first("margin", lambda margin: np.inf), "a product within the margin is not tracked"),
+        (spoil_first("reach", lambda reach: 0), "active"),
+        (spoil_first("products", lambda product: product + 1e-6), "a tracked product is wrong"),
+        (spoil_first("active", lambda active: not active), "active"),
+        (spoil_first("base", lambda base: base + 1.0), "the residual is not that of the weights"),
+        (lambda search: search._sum.__iadd__(1e-6), "the residual is not that of the weights"),
+        (lambda search: search.counts.__iadd__(1), "counts are not the active sets'"),
+        (lambda search: setattr(search, "changing", 0), "the number of neurons that move is wrong"),
+        (lambda search: search._ladder.append((np.inf, np.arange(0))), "its neuron is on no list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_check_notices_a_spoilt_state(spoil, message):
+    X, y = problem(6, 8)
+    fitted = trainer(400, shift=1.5, max_iter=2).fit(X, y)
+    fitted.check()
+    spoil(fitted._search)
+    with pytest.raises(AssertionError, match=message):
+        fitted.check()
+
+
+@searches
+def test_check_holds_for_every_search_and_notices_a_wrong_residual(search):
+    X, y = problem(6, 8)
+    fitted = trainer(400, shift=1.0, search=search, max_iter=2).fit(X, y)
+    fitted.check()
+    fitted.residual_ *= 1.001
+    with pytest.raises(AssertionError, match="the residual is not that of the weights"):
+        fitted.check()
+
+
+@core
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 11, 57, 300])
+@pytest.mark.parametrize("values", [3, 1 << 30])
+def test_rows_are_sorted_in_descending_order_with_their_points(size, values):
+    products = np.random.default_rng(size).integers(values, size=size + 2).astype(float)
+    points = np.arange(size + 2, dtype=np.int32)
+    before = products.copy()
+    sublin._sort_descending(products, points, 1, size + 1)
+    np.testing.assert_array_equal(products[1:-1], np.sort(before[1:-1])[::-1])
+    np.testing.assert_array_equal(products, before[points])
+    assert points[0] == 0 and points[-1] == size + 1
+
+
+@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
+def test_nothing_of_the_size_of_the_weights_is_held(init):
+    X, y = problem(4, 32)
+    trainer(1 << 12, init=init).fit(X, y).predict(X)  # compiles
+    tracemalloc.start()
+    try:
+        trainer(1 << 19, init=init).fit(X, y).predict(X)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.6 * (1 << 19) * 32 * 4
+
+
+# ======================================================================================================================
 # Trainer: starting weights, reproducibility
 # ======================================================================================================================
 
@@ -1304,11 +1487,16 @@ BAD_INPUT = [
     (fit(width="wide"), TypeError, r"width must be an integer, got 'wide'"),
     (fit(width=65), ValueError, r'init="antisymmetric" needs an even width, got 65; use it \+- 1, or init="gaussian"'),
     (fit(width=2**50), MemoryError, r"[\d,.]+ GiB, but [\d,.]+ GiB are available; use fewer neurons"),
+    (
+        fit(width=2**50, search="lazy"),
+        MemoryError,
+        r"live pairs of 5 points and 1125899906842624 neurons would need [\d,.]+ GiB",
+    ),
     (fit(width=2**50, search="scan"), MemoryError, r"[\d,.]+ GiB, but"),
     (fit(width=2**50, search="dense"), MemoryError, r"33,554,432\.0 GiB, but"),
     (fit(width=2**70), MemoryError, r"[\d,.]+ GiB, but"),
-    (fit(search="fast"), ValueError, r"search must be one of 'dense', 'scan', 'tree', got 'fast'"),
-    (fit(search=["tree"]), ValueError, r"search must be one of 'dense', 'scan', 'tree', got \['tree'\]"),
+    (fit(search="fast"), ValueError, r"search must be one of 'dense', 'scan', 'tree', 'lazy', got 'fast'"),
+    (fit(search=["tree"]), ValueError, r"search must be one of 'dense', 'scan', 'tree', 'lazy', got \['tree'\]"),
     (
         fit(solver="lu"),
         ValueError,
