@@ -1098,7 +1098,7 @@ def test_stopping_short_of_the_tolerance_warns():
 
 @core
 def test_training_that_overflows_stops_and_warns(monkeypatch):
-    monkeypatch.setattr(sublin, "_solve_cholesky", lambda J, residual, damping, lap: (-1e250 * residual, 0))
+    monkeypatch.setattr(sublin, "_solve_cholesky", lambda J, residual, *_: (-1e250 * residual, 0, None))
     with np.errstate(over="ignore"), pytest.warns(RuntimeWarning, match=r"relative residual (inf|nan) after 1 steps"):
         trainer(512).fit(*problem(6, 5))
 
@@ -1335,6 +1335,21 @@ def test_damping_makes_singular_systems_trainable(solver):
     X[4], y[4] = X[1], y[1]
     fitted = trainer(512, solver=solver, damping=1e-3, max_iter=5).fit(X, y)
     assert residuals_of(fitted)[-1] < 0.9
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_an_earlier_factor_serves_while_few_pairs_flip(damping, monkeypatch):
+    X, y = problem(16, 8)
+    expected = trainer(4096, shift=1.0, damping=damping, max_iter=8).fit(X, y)
+    assert all(record["inner_iterations"] == 0 for record in expected.history_)
+    monkeypatch.setattr(sublin, "REUSE", 2)
+    fitted = trainer(4096, shift=1.0, damping=damping, max_iter=8).fit(X, y)
+    assert fitted.history_[1]["inner_iterations"] == 0 < fitted.history_[-1]["inner_iterations"] <= 10
+    np.testing.assert_allclose(residuals_of(fitted), residuals_of(expected), rtol=1e-6, atol=1e-11)
+    np.testing.assert_allclose(fitted.weights(), expected.weights(), atol=1e-9)
+    monkeypatch.setattr(sublin, "STALE", 0)  # also where it does not serve, and is made anew
+    fitted = trainer(4096, shift=1.0, damping=damping, max_iter=8).fit(X, y)
+    np.testing.assert_allclose(residuals_of(fitted), residuals_of(expected), rtol=1e-6, atol=1e-11)
 
 
 @core
