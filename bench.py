@@ -5,8 +5,8 @@
     python bench.py --plot-only   draws the figures again from the JSON files
 
 Every figure has a JSON beside it with the samples and the environment, and is drawn from it alone.
-The four methods are compared before they are timed; then they take turns, so that a change in the machine's speed meets
-all of them alike, and medians are reported.
+The methods are compared before they are timed; then they take turns, so that a change in the machine's speed meets all of
+them alike. A figure of a step is the mean over the steps of a run, the median over runs.
 """
 
 import argparse
@@ -32,7 +32,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PLOTS = Path(__file__).resolve().parent / "plots"
-STEPS = 4  # steps of each timed run; the residual is at the rounding of float32 then
+# Steps of each timed run; the residual is at the rounding of float32 then. "lazy", whose steps differ, goes on to a residual
+# of 1e-9, which takes 4 or 5.
+STEPS = 4
+CASES = ((64, 32, 1 << 20), (256, 64, 1 << 20), (1024, 64, 1 << 18))  # n, d, width that are compared with plain NumPy
 
 
 class Method(NamedTuple):
@@ -44,11 +47,13 @@ class Method(NamedTuple):
 
 
 METHODS = {
+    "lazy": Method("lazy", "lazy", "cholesky", "#000000", "*"),
     "dense": Method("dense", "dense", "cholesky", "#D55E00", "s"),
     "scan": Method("scan", "scan", "cholesky", "#E69F00", "^"),
     "tree": Method("tree", "tree", "cholesky", "#0072B2", "o"),
     "tree+sketch": Method("tree + sketch", "tree", "sketch", "#009E73", "D"),
 }
+DIGITS = ("dense", "tree", "lazy")  # methods on digits, that drawn on top last
 PHASES = {  # label, colour
     "seconds_query": ("find active neurons, outputs", "#0072B2"),
     "seconds_jacobian": ("Gram matrix or sketch", "#E69F00"),
@@ -104,7 +109,8 @@ def random_unit_data(n, d, seed=0):
 def train(method, X, y, width, **options):
     """A trained network of one of the METHODS, silent about not converging: the runs stop after a number of steps."""
     search, solver = METHODS[method].search, METHODS[method].solver
-    options = {"dtype": "float32", "normalize": None, "random_state": 0, "tol": 0.0, "max_iter": STEPS, **options}
+    stop = {"tol": 1e-9, "max_iter": 30} if search == "lazy" else {"tol": 0.0, "max_iter": STEPS}
+    options = {"dtype": "float32", "normalize": None, "random_state": 0, **stop, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return sublin.SublinearTrainer(width, search=search, solver=solver, **options).fit(X, y)
@@ -112,6 +118,7 @@ def train(method, X, y, width, **options):
 
 def check_agreement(X, y, width, methods=tuple(METHODS), **options):
     """Refuses to time methods that do not take the same steps as dense Gauss-Newton in float64."""
+    options = {"tol": 0.0, "max_iter": STEPS, **options}
     residuals = {
         name: np.array([record["residual"] for record in train(name, X, y, width, dtype="float64", **options).history_])
         for name in methods
@@ -149,97 +156,150 @@ class NumpySteps:
         self.X, self.y, self.shift = X.astype(np.float32), y.astype(np.float32), start.shift_
         self.products = np.empty((len(X), width), np.float32)
 
-    def time(self, steps):
-        samples = {"numpy": [], "matrix product": []}
-        for _ in range(steps):
-            begin = time.perf_counter()
-            plain_numpy_step(self.X, self.y, self.W, self.signs, self.shift)
-            middle = time.perf_counter()
-            np.matmul(self.X, self.W.T, out=self.products)
-            samples["numpy"].append({"seconds": middle - begin})
-            samples["matrix product"].append({"seconds": time.perf_counter() - middle})
-        return samples
+    def time(self):
+        begin = time.perf_counter()
+        plain_numpy_step(self.X, self.y, self.W, self.signs, self.shift)
+        middle = time.perf_counter()
+        np.matmul(self.X, self.W.T, out=self.products)
+        return {"numpy": middle - begin, "matrix product": time.perf_counter() - middle}
 
 
-def measure_steps(n, d, widths, repeats, progress, with_numpy=False):
-    """For each width, the records of all steps of `repeats` runs of each method, the methods taking turns."""
+def measure_steps(n, d, width, methods, repeats, progress, with_numpy=False):
+    """`repeats` runs of each method, taking turns: seconds of initialisation, and the records of all steps."""
     X, y = random_unit_data(n, d)
-    cells = []
-    for width in widths:
-        cell = {"n": n, "d": d, "width": width, "methods": {}}
-        plain = NumpySteps(X, y, width) if with_numpy else None
-        for turn in range(repeats + 1):
-            for name in METHODS:
-                trainer = train(name, X, y, width)
-                samples = cell["methods"].setdefault(name, {"init_seconds": [], "steps": []})
-                if turn > 0:  # the first turn is a warm-up
-                    samples["init_seconds"].append(trainer.init_seconds_)
-                    samples["steps"] += trainer.history_[1:]
-                del trainer
-                progress.add(n * width, f"n = {n}, width = {width}: {name}")
-            if plain:
-                for name, samples in plain.time(STEPS).items():
-                    if turn > 0:
-                        cell["methods"].setdefault(name, {"steps": []})["steps"] += samples
-        cells.append(cell)
-    return cells
+    plain = NumpySteps(X, y, width) if with_numpy else None
+    runs = {name: [] for name in methods}
+    for turn in range(repeats + 1):
+        for name in methods:
+            trainer = train(name, X, y, width)
+            if turn > 0:  # the first turn is a warm-up
+                runs[name].append({"init_seconds": trainer.init_seconds_, "steps": trainer.history_[1:]})
+            residual = trainer.residual_
+            if name == "lazy" and not residual <= 1e-9:
+                raise SystemExit(f"lazy stopped at a residual of {residual} at n = {n}, width {width}")
+            del trainer
+            progress.add(n * d * width, f"n = {n}, width = {width}: {name}")
+        if plain:
+            for name, seconds in plain.time().items():
+                if turn > 0:
+                    runs.setdefault(name, []).append({"steps": [{"seconds": seconds}]})
+            progress.add(2 * n * d * width, f"n = {n}, width = {width}: plain NumPy")
+    return {"n": n, "d": d, "width": width, "methods": runs}
 
 
 def compile_seconds():
-    """Seconds of a small first fit on an empty compile cache, and of the same fit again, in a new process."""
+    """Seconds to import sublin and fit a small problem in a new process: on an empty compile cache, and with a warm one."""
     code = (
-        "import time, numpy as np, sublin, bench\n"
-        "X, y = bench.random_unit_data(16, 8)\n"
-        "for _ in range(2):\n"
-        "    begin = time.perf_counter()\n"
-        "    sublin.SublinearTrainer(1024, shift=1.0, random_state=0).fit(X, y)\n"
-        "    print(time.perf_counter() - begin)\n"
+        "import time\n"
+        "begin = time.perf_counter()\n"
+        "import sublin\n"
+        "imported = time.perf_counter()\n"
+        "import numpy as np\n"
+        "X, y = np.random.default_rng(0).standard_normal((16, 8)), np.arange(16.0)\n"
+        "sublin.SublinearTrainer(1024, shift=1.0, random_state=0).fit(X, y)\n"
+        "print(imported - begin, time.perf_counter() - begin)\n"
     )
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         environ = {**os.environ, "NUMBA_CACHE_DIR": folder}
-        run = [sys.executable, "-c", code]
-        out = subprocess.run(run, cwd=Path(__file__).parent, env=environ, check=True, capture_output=True, text=True)
-    first, second = map(float, out.stdout.split())
-    return {"first_fit": first, "second_fit": second}
+        for _ in range(2):
+            run = [sys.executable, "-W", "ignore", "-c", code]
+            out = subprocess.run(run, cwd=Path(__file__).parent, env=environ, check=True, capture_output=True, text=True)
+            found.append(list(map(float, out.stdout.split())))
+    return {"empty_cache": found[0][1], "warm_cache": found[1][1], "import_alone": found[1][0]}
+
+
+def drawing_seconds(d, width, repeats=3):
+    """Seconds to draw the starting weights and do nothing with them, and to initialise "lazy" at n = 64, in turns."""
+    X, y = random_unit_data(64, d)
+    found = {"draw": [], "init": []}
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        for _ in sublin._starting_blocks(0, width, d, "antisymmetric", lambda *block: None):
+            pass
+        found["draw"].append(time.perf_counter() - begin)
+        found["init"].append(train("lazy", X, y, width, max_iter=0).init_seconds_)
+    return {"d": d, "width": width, **found}
+
+
+def peak_memory(n, d, width):
+    """Peak resident memory, in GiB, of a process that imports sublin, and of one that trains "lazy" to 1e-9 too."""
+    code = (
+        "import resource, bench\n"
+        "if {width}:\n"
+        "    trainer = bench.train('lazy', *bench.random_unit_data({n}, {d}), {width})\n"
+        "    assert trainer.converged_\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n"
+    )
+    found = []
+    for trained in (0, width):
+        run = [sys.executable, "-c", code.format(n=n, d=d, width=trained)]
+        found.append(
+            float(subprocess.run(run, cwd=Path(__file__).parent, check=True, capture_output=True, text=True).stdout)
+        )
+    return {"n": n, "d": d, "width": width, "import_gib": found[0], "train_gib": found[1]}
 
 
 def measure_scaling(quick):
-    """Steps over the width at n = 16, and one wide case at n = 64; returns the content of scaling.json."""
+    """Steps over the width at n = 64, and the CASES; returns the content of scaling.json."""
     begin = time.perf_counter()
-    widths = [1 << k for k in (range(10, 14) if quick else range(10, 21))]
-    wide = 1 << (14 if quick else 20)
-    repeats = 2 if quick else 4
-    for width in (widths[0], widths[len(widths) // 2]):
-        check_agreement(*random_unit_data(16, 16), width)
-    check_agreement(*random_unit_data(64, 32), wide >> 4)
-    progress = Progress((repeats + 1) * len(METHODS) * (16 * sum(widths) + 64 * wide))
-    cells = measure_steps(16, 16, widths, repeats, progress)
-    cells += measure_steps(64, 32, [wide], repeats, progress, with_numpy=True)
-    data = {"environment": environment(), "steps_per_run": STEPS, "dtype": "float32", "cells": cells}
+    n, d = (16, 16) if quick else (64, 32)
+    widths = [1 << k for k in (range(10, 15) if quick else range(11, 25))]
+    cases = [(16, 16, 1 << 14)] if quick else CASES
+    repeats = 2 if quick else 3
+
+    def methods_at(width):
+        return [name for name in METHODS if name == "lazy" or width <= 1 << (13 if quick else 20)]
+
+    for width in (widths[2], widths[len(widths) // 2]):
+        check_agreement(*random_unit_data(n, d), width)
+    work = sum(n * d * width * len(methods_at(width)) for width in widths) + sum(4 * n * d * width for n, d, width in cases)
+    progress = Progress((repeats + 1) * work)
+    sweep = [measure_steps(n, d, width, methods_at(width), repeats, progress) for width in widths]
+    compared = [measure_steps(*case, ("lazy", "dense"), repeats, progress, with_numpy=True) for case in cases]
+    data = {"environment": environment(), "dtype": "float32", "sweep": sweep, "cases": compared}
+    data["drawing"] = drawing_seconds(32, 1 << (14 if quick else 22))
     if not quick:
-        print("compile time ...", file=sys.stderr)
+        print("memory, compile time ...", file=sys.stderr)
+        data["memory"] = peak_memory(64, 32, 1 << 24)
         data["compile_seconds"] = compile_seconds()
     return {**data, "summary": summary(data), "seconds": time.perf_counter() - begin}
 
 
 def phases_of(scaling):
-    """The seconds by phase of every step at n = 16: the content of phases.json."""
-    cells = [
+    """The seconds by phase of every step of the sweep: the content of phases.json."""
+    sweep = [
         {
-            "width": cell["width"],
+            **cell,
             "methods": {
-                name: {"steps": [{phase: step[phase] for phase in PHASES} for step in samples["steps"]]}
-                for name, samples in cell["methods"].items()
+                name: [{"steps": [{phase: step[phase] for phase in PHASES} for step in run["steps"]]} for run in runs]
+                for name, runs in cell["methods"].items()
             },
         }
-        for cell in scaling["cells"]
-        if cell["n"] == 16
+        for cell in scaling["sweep"]
+        if len(cell["methods"]) == len(METHODS)
     ]
-    return {"environment": scaling["environment"], "n": 16, "d": 16, "dtype": scaling["dtype"], "cells": cells}
+    return {"environment": scaling["environment"], "dtype": scaling["dtype"], "sweep": sweep}
+
+
+def measure_work(quick):
+    """What each step of "lazy" reads: the content of work.json."""
+    n, d, width = (16, 16, 1 << 14) if quick else (64, 32, 1 << 22)
+    X, y = random_unit_data(n, d)
+    runs = [train("lazy", X, y, width) for _ in range(4)][1:]
+    return {
+        "environment": environment(),
+        "n": n,
+        "d": d,
+        "width": width,
+        "n_live": runs[0].n_live_,
+        "history": runs[0].history_,
+        "seconds": [[record["seconds"] for record in run.history_] for run in runs],
+    }
 
 
 def measure_digits(quick):
-    """Residuals on scikit-learn's digits, odd against even, all 1797 points, for dense and tree."""
+    """Residuals on scikit-learn's digits, odd against even, all 1797 points, for dense, tree and lazy."""
     from sklearn.datasets import load_digits
 
     begin = time.perf_counter()
@@ -248,17 +308,17 @@ def measure_digits(quick):
     y = np.where(labels[: len(X)] % 2, 1.0, -1.0)
     runs = []
     turns = 1 if quick else 3
-    check_agreement(X, y, width, ("dense", "tree"), normalize="lift", max_iter=2)
-    progress = Progress(2 * turns)
+    check_agreement(X, y, width, DIGITS, normalize="lift", max_iter=2)
+    progress = Progress(len(DIGITS) * turns)
     for _ in range(turns):
-        for name in ("dense", "tree"):
+        for name in DIGITS:
             trainer = train(name, X, y, width, normalize="lift", dtype="float64", tol=tol, max_iter=50)
             runs.append({"method": name, "init_seconds": trainer.init_seconds_, "history": trainer.history_})
             progress.add(1, f"digits: {name}")
     residuals = [[record["residual"] for record in run["history"]] for run in runs]
     for found in residuals[1:]:
         if len(found) != len(residuals[0]) or not np.allclose(found, residuals[0], rtol=1e-4, atol=1e-9):
-            raise SystemExit(f"dense and tree disagree on digits: {found} and {residuals[0]}")
+            raise SystemExit(f"the methods disagree on digits: {found} and {residuals[0]}")
     return {
         "environment": environment(),
         "n": len(X),
@@ -277,8 +337,9 @@ def measure_digits(quick):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def median_over_steps(cell, method, key):
-    return float(np.median([step[key] for step in cell["methods"][method]["steps"]]))
+def step_of(cell, method, key="seconds"):
+    """Mean over the steps of a run, the median over runs."""
+    return float(np.median([np.mean([step[key] for step in run["steps"]]) for run in cell["methods"][method]]))
 
 
 def slope(widths, values):
@@ -286,34 +347,42 @@ def slope(widths, values):
     return float(np.polyfit(np.log(widths), np.log(values), 1)[0])
 
 
+def cells_with(sweep, method, least=0):
+    return [cell for cell in sweep if method in cell["methods"] and cell["width"] >= least]
+
+
 def summary(data):
-    """Slopes and ratios of scaling.json, for the figures and the README."""
-    sweep, wide = [cell for cell in data["cells"] if cell["n"] == 16], data["cells"][-1]
-    fitted = [cell for cell in sweep if cell["width"] >= 1 << 14] or sweep
-    slopes = {
-        name: {
-            key: slope([cell["width"] for cell in fitted], [median_over_steps(cell, name, key) for cell in fitted])
+    """Slopes, ratios and bounds of scaling.json, for the figures and the README."""
+    slopes = {}
+    for name in METHODS:
+        cells = cells_with(data["sweep"], name, least=1 << 14) or cells_with(data["sweep"], name)
+        slopes[name] = {
+            key: slope([cell["width"] for cell in cells], [step_of(cell, name, key) for cell in cells])
             for key in ("seconds", "operations")
         }
-        | {"last doubling": np.log2(np.divide(*[median_over_steps(cell, name, "seconds") for cell in sweep[:-3:-1]]))}
-        for name in METHODS
+    cases = {}
+    for cell in data["cases"]:
+        milliseconds = {name: 1e3 * step_of(cell, name) for name in cell["methods"]}
+        cases[f"n = {cell['n']}, d = {cell['d']}, m = {cell['width']}"] = {
+            **{f"{name}, ms": value for name, value in milliseconds.items()},
+            **{f"{name} / lazy": milliseconds[name] / milliseconds["lazy"] for name in milliseconds},
+        }
+    compared = [cell for cell in data["sweep"] if len(cell["methods"]) == len(METHODS)]
+    drawing = data["drawing"]
+    return {
+        "slopes": slopes,
+        "cases": cases,
+        **{
+            f"dense / {name}": {cell["width"]: step_of(cell, "dense") / step_of(cell, name) for cell in compared}
+            for name in METHODS
+        },
+        "init / draw": np.median(drawing["init"]) / np.median(drawing["draw"]),
     }
-    ratios = {}
-    for cell in (sweep[-1], wide):
-        milliseconds = {name: 1e3 * median_over_steps(cell, name, "seconds") for name in cell["methods"]}
-        case = f"n = {cell['n']}, d = {cell['d']}, m = {cell['width']}"
-        ratios[case] = {f"{name}, ms": value for name, value in milliseconds.items()}
-        ratios[case] |= {f"dense / {name}": milliseconds["dense"] / value for name, value in milliseconds.items()}
-    small = {
-        cell["width"]: median_over_steps(cell, "dense", "seconds") / median_over_steps(cell, "tree", "seconds")
-        for cell in sweep
-    }
-    return {"slopes": slopes, "ratios": ratios, "dense / tree at n = 16": small}
 
 
 def digits_summary(data):
     """Steps, share of live neurons and time ratios of digits.json."""
-    runs = {name: [run for run in data["runs"] if run["method"] == name] for name in ("dense", "tree")}
+    runs = {name: [run for run in data["runs"] if run["method"] == name] for name in DIGITS}
     parts = {
         name: {
             "init": np.median([run["init_seconds"] for run in found]),
@@ -326,9 +395,17 @@ def digits_summary(data):
         "steps": len(runs["tree"][0]["history"]) - 1,
         "live share": data["n_live"] / data["width"],
         "seconds": parts,
-        "dense / tree": totals["dense"] / totals["tree"],
-        "dense / tree, search and update": (parts["dense"]["seconds_query"] + parts["dense"]["seconds_update"])
-        / (parts["tree"]["seconds_query"] + parts["tree"]["seconds_update"]),
+        **{f"dense / {name}": totals["dense"] / totals[name] for name in DIGITS},
+    }
+
+
+def work_summary(data):
+    """Seconds and shares of live neurons looked at, by step, of work.json."""
+    seconds = np.median(data["seconds"], axis=0)[1:]
+    return {
+        "seconds": list(seconds),
+        "third / first": seconds[2] / seconds[0],
+        "looked at / live": [record["looked_at"] / data["n_live"] for record in data["history"]],
     }
 
 
@@ -361,43 +438,45 @@ def width_axis(axis, widths):
 
 def draw_scaling(data, path):
     """Cost of a step against width: seconds on the left, counted operations on the right."""
-    sweep = [cell for cell in data["cells"] if cell["n"] == 16]
-    widths = np.array([cell["width"] for cell in sweep])
     slopes = data["summary"]["slopes"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.8), layout="constrained")
     for axis, key, unit in zip(axes, ("seconds", "operations"), (1e3, 1.0), strict=True):
         for name, (label, _, _, colour, marker) in METHODS.items():
             if key == "operations" and name == "tree+sketch":
                 continue  # the counts are of search and update, which are those of tree
-            values = unit * np.array([median_over_steps(cell, name, key) for cell in sweep])
+            cells = cells_with(data["sweep"], name)
+            widths = np.array([cell["width"] for cell in cells])
+            values = unit * np.array([step_of(cell, name, key) for cell in cells])
             legend = f"{label}, slope {slopes[name][key]:.2f}"
-            axis.plot(widths, values, marker=marker, color=colour, label=legend, linewidth=2, markersize=6)
-            for guided, power, dashes in (("dense", 1.0, "--"), ("tree", 0.76, ":")):
+            axis.plot(widths, values, marker=marker, color=colour, label=legend, linewidth=2, markersize=7)
+            for guided, power, dashes in (("dense", 1.0, "--"), ("lazy", 0.76, ":")):
                 if name == guided:
                     guide = values[-1] * (widths / widths[-1]) ** power
                     axis.plot(widths, guide, color="#777777", linestyle=dashes, linewidth=1.5, zorder=1)
         axis.plot([], [], color="#777777", linestyle="--", label="slope 1")
         axis.plot([], [], color="#777777", linestyle=":", label="slope 0.76, the paper")
         axis.set_yscale("log")
-        width_axis(axis, widths)
+        width_axis(axis, [cell["width"] for cell in data["sweep"]])
         axis.legend(fontsize=10, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    axes[0].set_ylabel("milliseconds a step (median)")
+    axes[0].set_ylabel("milliseconds a step")
     axes[0].set_title("Time of a Gauss-Newton step")
     axes[1].set_ylabel("operations a step, solver aside")
     axes[1].set_title("Operations to search and update, counted")
-    first = sweep[0]
-    figure.suptitle(f"n = {first['n']} random unit points in d = {first['d']}, products in float32", fontsize=12)
+    first = data["sweep"][0]
+    figure.suptitle(
+        f"n = {first['n']} random unit points in d = {first['d']}; slopes fitted from m = $2^{{14}}$", fontsize=12
+    )
     figure.savefig(path)
     plt.close(figure)
 
 
 def draw_phases(data, path):
     """Where a step's time goes: shares by phase, with the total above each bar."""
-    sweep, names = data["cells"], list(METHODS)
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 4.6), sharey=True, layout="constrained")
+    sweep, names = data["sweep"], list(METHODS)
+    figure, axes = plt.subplots(1, len(names), figsize=(2.8 * len(names), 4.6), sharey=True, layout="constrained")
     for axis, name in zip(axes, names, strict=True):
         places = np.arange(len(sweep))
-        parts = np.array([[median_over_steps(cell, name, phase) for phase in PHASES] for cell in sweep])
+        parts = np.array([[step_of(cell, name, phase) for phase in PHASES] for cell in sweep])
         totals = parts.sum(axis=1)
         bottom = np.zeros(len(sweep))
         for part, (label, colour) in zip((parts / totals[:, None]).T, PHASES.values(), strict=True):
@@ -408,7 +487,7 @@ def draw_phases(data, path):
                 axis.text(place, 101, f"{1e3 * total:#.2g}".rstrip("."), ha="center", fontsize=10)
         axis.set_xticks(places[::2], [power_label(cell["width"]) for cell in sweep[::2]])
         axis.set_xlabel("width m")
-        axis.set_title(METHODS[name][0], pad=16)
+        axis.set_title(METHODS[name].label, pad=16)
         axis.grid(False)
     axes[0].set_ylabel("share of a step's time (%)\nabove: milliseconds")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -417,17 +496,45 @@ def draw_phases(data, path):
     plt.close(figure)
 
 
+def draw_work(data, path):
+    """Neurons that each step of the searches reads, on one axis that spans all of them and a handful."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    steps = data["history"][1:]
+    places = [record["iteration"] for record in steps]
+    axis.plot(
+        places, [data["width"]] * len(steps), color=METHODS["dense"].colour, marker="s", label="dense, scan: all neurons"
+    )
+    moved = [record["changed"] for record in steps]
+    axis.plot(places, moved, color=METHODS["tree"].colour, marker="o", label="tree: those that move (and their siblings)")
+    looked_at, flips = ([max(record[key], 0.8) for record in steps] for key in ("looked_at", "flips"))
+    axis.plot(places, looked_at, color="#000000", marker="*", markersize=12, label="lazy: those that may have flipped")
+    axis.plot(places, flips, color="#777777", linestyle=":", marker=".", label="pairs (neuron, point) that did flip")
+    for record, place in zip(steps, looked_at, strict=True):
+        share = 100 * record["looked_at"] / data["n_live"]
+        text = f"{record['looked_at']:,}" if share < 0.1 else f"{share:.3g} % of live neurons"
+        axis.annotate(text, (record["iteration"], place), textcoords="offset points", xytext=(8, 6), fontsize=10)
+    axis.set_yscale("log")
+    axis.set_xticks(places)
+    axis.set_xlim(0.8, places[-1] + 0.9)
+    axis.set_xlabel("Gauss-Newton step")
+    axis.set_ylabel("neurons whose products are read")
+    axis.set_title(f"n = {data['n']}, d = {data['d']}, width {power_label(data['width'])}", fontsize=12)
+    axis.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def draw_digits(data, path):
     """Residual on digits against iterations and against seconds, initialisation included."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
-    for name in ("dense", "tree"):
+    for name, size in zip(DIGITS, (11, 8, 5), strict=True):
         label, _, _, colour, marker = METHODS[name]
         runs = [run for run in data["runs"] if run["method"] == name]
         residuals = [record["residual"] for record in runs[0]["history"]]
         seconds = np.median(
             [run["init_seconds"] + np.cumsum([record["seconds"] for record in run["history"]]) for run in runs], axis=0
         )
-        line = {"color": colour, "marker": marker, "label": label, "linewidth": 2, "markersize": 9 if name == "dense" else 5}
+        line = {"color": colour, "marker": marker, "label": label, "linewidth": 2, "markersize": size}
         axes[0].plot(range(len(residuals)), residuals, **line)
         axes[1].plot(seconds, residuals, **line)
     axes[0].set_yscale("log")
@@ -457,13 +564,14 @@ def read(name):
 def draw_all(suffix):
     """Draws every figure, and prints the numbers that the README quotes."""
     style()
-    scaling, digits = read("scaling" + suffix), read("digits" + suffix)
-    draw_scaling(scaling, PLOTS / f"scaling{suffix}.png")
-    draw_phases(read("phases" + suffix), PLOTS / f"phases{suffix}.png")
-    draw_digits(digits, PLOTS / f"digits{suffix}.png")
-    for title, numbers in (("scaling", scaling["summary"]), ("digits", digits["summary"])):
-        print(f"{title}: {json.dumps(numbers, indent=1, default=float)}")
-    print(f"measured in {scaling['seconds'] + digits['seconds']:.0f} s; compile time {scaling.get('compile_seconds')}")
+    found = {name: read(name + suffix) for name in ("scaling", "phases", "work", "digits")}
+    for name, draw in (("scaling", draw_scaling), ("phases", draw_phases), ("work", draw_work), ("digits", draw_digits)):
+        draw(found[name], PLOTS / f"{name}{suffix}.png")
+    for name in ("scaling", "work", "digits"):
+        print(f"{name}: {json.dumps(found[name]['summary'], indent=1, default=float)}")
+    scaling = found["scaling"]
+    print(f"memory: {scaling.get('memory')}, compile time: {scaling.get('compile_seconds')}")
+    print(f"measured in {scaling['seconds'] + found['digits']['seconds']:.0f} s")
 
 
 def main():
@@ -476,6 +584,8 @@ def main():
         scaling = measure_scaling(arguments.quick)
         write("scaling" + suffix, scaling)
         write("phases" + suffix, phases_of(scaling))
+        work = measure_work(arguments.quick)
+        write("work" + suffix, {**work, "summary": work_summary(work)})
         digits = measure_digits(arguments.quick)
         write("digits" + suffix, {**digits, "summary": digits_summary(digits)})
     draw_all(suffix)
