@@ -636,17 +636,24 @@ def _coactivity(active, n, bands):
     return counts
 
 
+TILE = 64
+
+
 @njit(parallel=True, cache=True)
 def _gram(XXt, counts, width):
-    """(X X^T) o C / m, C being the sum of the `counts` (., n, n), of which the lower triangles are read."""
+    """(X X^T) o C / m, where C[i, j] is the sum of the `counts[:, i, j]` and, if i and j differ, the `counts[:, j, i]`."""
+    n = len(XXt)
     gram = np.empty_like(XXt)
-    for k in prange(len(XXt)):
-        i = k // 2 if k % 2 == 0 else len(XXt) - 1 - k // 2  # short rows with long ones
-        for j in range(i + 1):
-            count = 0
-            for part in range(len(counts)):
-                count += counts[part, i, j]
-            gram[i, j] = gram[j, i] = XXt[i, j] * count / width
+    tiles = -(-n // TILE)  # of the matrix; a tile and its mirror image stay in cache
+    for k in prange(tiles):
+        high = k // 2 if k % 2 == 0 else tiles - 1 - k // 2  # short rows with long ones
+        for low in range(high + 1):
+            for i in range(high * TILE, min(n, high * TILE + TILE)):
+                for j in range(low * TILE, min(i + 1, low * TILE + TILE)):
+                    count = 0
+                    for part in range(len(counts)):
+                        count += counts[part, i, j] + (counts[part, j, i] if i != j else 0)
+                    gram[i, j] = gram[j, i] = XXt[i, j] * count / width
     return gram
 
 
@@ -1367,6 +1374,8 @@ class PointData(NamedTuple):
 # that ceased to, neurons whose margin is too small, operations.
 LOOKED_AT, FLIPS, WOKEN, SHORT, OPERATIONS = range(5)
 
+NOTES = 1 << 14  # flips, or points beside them, that are gathered before they are counted
+
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def _thresholds(products, least_active, pull, cross, base):
@@ -1441,20 +1450,29 @@ def _below(certificates, neurons, low, high, distance, out):
 
 
 @njit(cache=True)
-def _flip(j, woke, firing, k, counts):
-    """Adds point j to the k points in `firing` or takes it from them, counts[i, j] along with it; returns the new k."""
-    if woke:
-        firing[k] = j
-        k += 1
-    place = 0
-    for a in range(k):
-        i = firing[a]
-        counts[max(i, j), min(i, j)] += 1 if woke else -1
-        place = a if i == j else place
-    if not woke:
-        k -= 1
-        firing[place] = firing[k]
-    return k
+def _count_flips(counts, flips, stayed, bounds):
+    """Adds to the numbers |Q_i n Q_j| of neurons that two points share what flips have changed.
+
+    Note z is of one neuron: flips bounds[0, z], ..., bounds[0, z + 1] - 1 and, of stayed, what is between those of
+    bounds[1], the points on which it was active and still is. flips are rows (point, +1 or -1, note). A change is counted
+    once, at [i, j] or [j, i], in the row of the point that flipped; flips of one point are taken together, so that its row
+    is in cache: 70 instead of 550 ns a flip on digits, where a neuron is active on 150 of 1797 points.
+    """
+    firsts = np.zeros(len(counts) + 1, np.int64)
+    for z in range(bounds[0, -1]):
+        firsts[flips[z, 0] + 1] += 1
+    firsts = np.cumsum(firsts)
+    order = np.empty(firsts[-1], np.int32)
+    for z in range(order.size):
+        j = flips[z, 0]
+        order[firsts[j]] = z
+        firsts[j] += 1
+    for z in order:
+        j, sign, note = flips[z]
+        for s in range(bounds[1, note], bounds[1, note + 1]):
+            counts[j, stayed[s]] += sign
+        for u in range(bounds[0, note], z + 1):
+            counts[j, flips[u, 0]] += (sign + flips[u, 1]) >> 1  # two that flip in opposite directions share nothing
 
 
 @njit(cache=True, fastmath=FAST)
@@ -1486,17 +1504,22 @@ def _dots(X, rows, first, count, w, out):
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
     """Checks the neurons `due`, and reads the rows of those whose slack is used up: finds the flips, adds what they change
-    to counts[i, j] = |Q_i n Q_j|, j <= i, and to the outputs f, and makes out new certificates.
+    to the `counts` of |Q_i n Q_j| and to the outputs f, and makes out new certificates.
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
     # operations, on which the threads would wait (145 instead of 43 ns a row).
     rows, certificates, points, products, base, active, _, _ = pairs
     X, X32, XXt, cross, shift, unit, gather = data
     n, d = X.shape
-    firing, moved_by, factors = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64), np.empty(n + 1)
+    moved_by, factors = np.empty(n + 1, np.int64), np.empty(n + 1)
     w, w32, moves = np.empty(d), np.empty(d, np.float32), np.empty(n)
+    noted, stayed, bounds = (
+        np.empty((NOTES + n, 3), np.int32),
+        np.empty(NOTES + n, np.int32),
+        np.zeros((2, NOTES + n), np.int32),
+    )
     inverse = -1.0 / cross.max()
-    operations = flips = woken = shorts = reads = 0
+    operations = flips = woken = shorts = reads = notes = 0
     for q in due:
         row = rows[q]
         first, size, reach, scale = row.start, row.size, row.reach, -unit * row.sign
@@ -1507,7 +1530,6 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
             moved_by[c], factors[c] = j, scale * gamma
             bound += abs(factors[c]) * cross[j]
             c += gamma != 0.0
-            firing[k] = j
             k += active[e]
             gone += path[j] if active[e] else 0.0
         if gone < row.limit:
@@ -1545,29 +1567,38 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
             slack = min(slack, excess if active[first + e] else excess * inverse)
         still = k
         if slack <= tolerance:
-            slack = rest
+            slack, gone, still = rest, 0.0, 0
+            turned, kept = bounds[0, notes], bounds[1, notes]
             for e in range(first, first + stop):
-                excess, j = products[e] + moves[e - first] - shift, points[e]
-                if (excess >= 0.0) != active[e] or not abs(excess) > tolerance:
+                excess, j, was_active = products[e] + moves[e - first] - shift, points[e], active[e]
+                if (excess >= 0.0) != was_active or not abs(excess) > tolerance:
                     if through_X:
                         excess = products[e] - shift
                         for z in range(d):
                             excess += w[z] * X[j, z]
-                    is_active = excess >= 0.0
-                    if is_active != active[e]:
+                    if (excess >= 0.0) != was_active:
                         outputs[j] -= scale * abs(excess)
-                        base[e] += -sums[j] if is_active else sums[j]
-                        active[e] = is_active
-                        still = _flip(j, is_active, firing, still, counts)
+                        base[e] += sums[j] if was_active else -sums[j]
+                        active[e] = not was_active
+                        noted[turned, 0], noted[turned, 1], noted[turned, 2] = j, -1 if was_active else 1, notes
+                        turned += 1
                         reach = max(reach, e + 1 - first)
-                        flips += 1
-                        operations += still
-                slack = min(slack, excess if active[e] else excess * inverse)
-            woken += (still > 0) - (k > 0)
+                is_active = excess >= 0.0
+                stayed[kept] = j
+                kept += is_active and was_active
+                still += is_active
+                gone += path[j] if is_active else 0.0
+                slack = min(slack, excess if is_active else excess * inverse)
             row.reach = reach
-            gone = 0.0
-            for a in range(still):
-                gone += path[firing[a]]
+            woken += (still > 0) - (k > 0)
+            if turned > bounds[0, notes]:
+                flips += turned - bounds[0, notes]
+                notes += 1
+                bounds[0, notes], bounds[1, notes] = turned, kept
+                operations += (turned - bounds[0, notes - 1]) * (kept - bounds[1, notes - 1])
+                if max(turned, kept) >= NOTES:
+                    _count_flips(counts, noted, stayed, bounds[:, : notes + 1])
+                    notes = 0
         if rest < 0.0:
             certificates[q] = row.limit = -np.inf
             row.margin = bound  # what it would have taken
@@ -1578,6 +1609,7 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
             row.limit = gone + slack
         else:
             certificates[q] = np.inf
+    _count_flips(counts, noted, stayed, bounds[:, : notes + 1])
     tally[LOOKED_AT] += reads
     tally[FLIPS] += flips
     tally[WOKEN] += woken
@@ -2250,8 +2282,9 @@ class _Lazy(_Search):
         assert np.all(tracked | (start <= below + tolerance)), "a product within the margin is not tracked"
         touched = pairs.active[place] | (pairs.base[place] != 0.0)
         assert np.all(rank[touched] < rows["reach"][neuron[touched]]), "a pair was active beyond the reach of its row"
-        coactive = np.tril(active.T.astype(int) @ active)
-        assert np.array_equal(np.tril(self.counts.sum(axis=0)), coactive), "counts are not the active sets'"
+        counts = self.counts.sum(axis=0)
+        coactive = counts + counts.T - np.diag(np.diag(counts))
+        assert np.array_equal(coactive, active.T.astype(int) @ active), "counts are not the active sets'"
         moving = active.any(axis=1)
         assert self.changing == moving.sum(), "the number of neurons that move is wrong"
         certificates, firing, excess = pairs.certificates[moving], active[moving], excess[moving]
