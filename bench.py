@@ -223,13 +223,17 @@ def drawing_seconds(d, width, repeats=3):
 
 
 def peak_memory(n, d, width):
-    """Peak resident memory, in GiB, of a process that imports sublin, and of one that trains "lazy" to 1e-9 too."""
+    """Peak resident memory, in GiB, of a process that imports sublin, and of one that trains "lazy" to 1e-9 too (Linux)."""
+    if not os.path.exists("/proc/self/status"):
+        return None
+    # VmHWM, since getrusage counts the parent's memory too, which a child shares until it runs its own program.
     code = (
-        "import resource, bench\n"
+        "import bench\n"
         "if {width}:\n"
         "    trainer = bench.train('lazy', *bench.random_unit_data({n}, {d}), {width})\n"
         "    assert trainer.converged_\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n"
+        "lines = open('/proc/self/status').read().splitlines()\n"
+        "print(next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) / 2**20)\n"
     )
     found = []
     for trained in (0, width):

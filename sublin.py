@@ -1365,9 +1365,18 @@ class PointData(NamedTuple):
     X32: np.ndarray  # (n, d) float32
     XXt: np.ndarray  # (n, n)
     cross: np.ndarray  # (n,) largest |<x_i, x_j>| over j != i, and more than 0
+    largest_cross: float
     shift: float
     scale: float  # m^(-1/2)
     gather: float  # cost of an entry of X X^T out of order, in multiply-adds of rows of X
+
+
+class Rung(NamedTuple):
+    """A list of neurons that holds all whose certificates end at `horizon` or before."""
+
+    horizon: float
+    neurons: np.ndarray  # (k,) int32
+    bounds: np.ndarray  # (k,) their certificates when the list was made, which only grow: in one stretch of memory
 
 
 # What the looks add up, chunk by chunk: neurons looked at, flips, neurons that came to be active on some point less those
@@ -1424,7 +1433,8 @@ def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
     w = np.empty(d)
     found = free = 0
     for r in rows:
-        w[:] = vectors[r]
+        for z in range(d):  # not w[:] = ..., whose error messages take longer to compile than the rest
+            w[z] = vectors[r, z]
         end = free
         for j in range(n):
             if products[r, j] >= thresholds[r]:
@@ -1440,12 +1450,13 @@ def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
 
 
 @njit(cache=True)
-def _below(certificates, neurons, low, high, distance, out):
-    """Writes those of neurons[low:high] whose certificates are at most `distance`; returns their number."""
+def _below(certificates, neurons, distance, out):
+    """Writes those of the neurons whose certificates, given in the same order, are at most `distance`; returns their
+    number."""
     found = 0
-    for z in range(low, high):  # always written, kept if it counts: no branch to mispredict
+    for z in range(neurons.size):  # always written, kept if it counts: no branch to mispredict
         out[found] = neurons[z]
-        found += certificates[neurons[z]] <= distance
+        found += certificates[z] <= distance
     return found
 
 
@@ -1476,6 +1487,26 @@ def _count_flips(counts, flips, stayed, bounds):
 
 
 @njit(cache=True, fastmath=FAST)
+def _used_up(pairs, due, distance, path):
+    """Writes those of the neurons `due` whose slack is used up to its front, and new certificates for the others; returns
+    how many are."""
+    rows, certificates, points, _, _, active, _, _ = pairs
+    found = 0
+    for q in due:
+        first, reach, limit = rows[q].start, rows[q].reach, rows[q].limit
+        k, gone = 0, 0.0
+        for e in range(first, first + reach):
+            k += active[e]
+            gone += path[points[e]] if active[e] else 0.0
+        due[found] = q
+        if gone < limit:
+            certificates[q] = distance + (limit - gone) / k
+        else:
+            found += 1
+    return found
+
+
+@njit(cache=True, fastmath=FAST)
 def _combine(factors, rows, count, X, w):
     """w = sum over a < count of factors[a] X[rows[a]]; returns its length."""
     d = X.shape[1]
@@ -1502,24 +1533,19 @@ def _dots(X, rows, first, count, w, out):
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
+def _look(pairs, due, distance, sums, path, data, counts, outputs, tally, scratch, notes):
     """Checks the neurons `due`, and reads the rows of those whose slack is used up: finds the flips, adds what they change
-    to the `counts` of |Q_i n Q_j| and to the outputs f, and makes out new certificates.
+    to the `counts` of |Q_i n Q_j| and to the outputs f, and makes out new certificates. Returns how many notes are left to
+    count.
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
     # operations, on which the threads would wait (145 instead of 43 ns a row).
     rows, certificates, points, products, base, active, _, _ = pairs
-    X, X32, XXt, cross, shift, unit, gather = data
-    n, d = X.shape
-    moved_by, factors = np.empty(n + 1, np.int64), np.empty(n + 1)
-    w, w32, moves = np.empty(d), np.empty(d, np.float32), np.empty(n)
-    noted, stayed, bounds = (
-        np.empty((NOTES + n, 3), np.int32),
-        np.empty(NOTES + n, np.int32),
-        np.zeros((2, NOTES + n), np.int32),
-    )
-    inverse = -1.0 / cross.max()
-    operations = flips = woken = shorts = reads = notes = 0
+    X, X32, XXt, cross, largest_cross, shift, unit, gather = data
+    d = X.shape[1]
+    moved_by, factors, w, w32, moves, noted, stayed, bounds = scratch
+    inverse = -1.0 / largest_cross
+    operations = flips = woken = shorts = 0
     for q in due:
         row = rows[q]
         first, size, reach, scale = row.start, row.size, row.reach, -unit * row.sign
@@ -1532,14 +1558,11 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
             c += gamma != 0.0
             k += active[e]
             gone += path[j] if active[e] else 0.0
-        if gone < row.limit:
-            certificates[q] = distance + (row.limit - gone) / k
-            continue
-        reads += 1
         through_X, tolerance = gather * c * size > (c + size) * d, 0.0
         if through_X:
             length = (1.0 + 2e-6) * _combine(factors, moved_by, c, X, w)
-            w32[:] = w
+            for z in range(d):
+                w32[z] = w[z]
             bound = min(bound, length)
             tolerance = (d + 4) * 2.0**-24 * length
             operations += c * d
@@ -1609,28 +1632,49 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally):
             row.limit = gone + slack
         else:
             certificates[q] = np.inf
-    _count_flips(counts, noted, stayed, bounds[:, : notes + 1])
-    tally[LOOKED_AT] += reads
+    tally[LOOKED_AT] += due.size
     tally[FLIPS] += flips
     tally[WOKEN] += woken
     tally[SHORT] += shorts
     tally[OPERATIONS] += operations
+    return notes
+
+
+@njit(cache=True)
+def _scratch(n, d):
+    """What _look writes and forgets, and its notes."""
+    return (
+        np.empty(n + 1, np.int64),
+        np.empty(n + 1),
+        np.empty(d),
+        np.empty(d, np.float32),
+        np.empty(n),
+        np.empty((NOTES + n, 3), np.int32),
+        np.empty(NOTES + n, np.int32),
+        np.zeros((2, NOTES + n), np.int32),
+    )
 
 
 @njit(parallel=True, cache=True)
-def _walk(pairs, neurons, distance, horizon, sums, path, data, counts, outputs, tallies, near, near_sizes):
-    """_look at those of `neurons` whose certificates ran out; then writes those of them whose certificates are at most
-    `horizon` to near, in CHUNKS pieces of near_sizes.
+def _walk(pairs, neurons, bounds, distance, horizon, sums, path, data, counts, outputs, tallies, near, near_sizes):
+    """_look at those of `neurons` whose certificates, bounded below by `bounds`, ran out; then writes those whose
+    certificates are at most `horizon` to near, in CHUNKS pieces of near_sizes.
 
     Outputs and tallies are added up in CHUNKS parts, and counts, which are whole numbers, in one for each thread.
     """
     for thread in prange(len(counts)):
-        due = np.empty(neurons.size // CHUNKS + 1, np.int32)
+        due, notes = np.empty(neurons.size // CHUNKS + 1, np.int32), 0
+        scratch = _scratch(*data.X.shape)
         for chunk in range(CHUNKS * thread // len(counts), CHUNKS * (thread + 1) // len(counts)):
-            low, high = neurons.size * chunk // CHUNKS, neurons.size * (chunk + 1) // CHUNKS
-            mine = due[: _below(pairs.certificates, neurons, low, high, distance, due)]
-            _look(pairs, mine, distance, sums, path, data, counts[thread], outputs[chunk], tallies[chunk])
-            near_sizes[chunk] = _below(pairs.certificates, neurons, low, high, horizon, near[low:])
+            part = slice(neurons.size * chunk // CHUNKS, neurons.size * (chunk + 1) // CHUNKS)
+            # A look never brings a certificate back below the horizon, so who is near after it is near before.
+            mine = near[part][: _below(bounds[part], neurons[part], horizon, near[part])]
+            expired = due[: _below(pairs.certificates[mine], mine, distance, due)]
+            expired = expired[: _used_up(pairs, expired, distance, path)]
+            shared = pairs, expired, distance, sums, path, data, counts[thread], outputs[chunk], tallies[chunk]
+            notes = _look(*shared, scratch, notes)
+            near_sizes[chunk] = _below(pairs.certificates[mine], mine, horizon, mine)
+        _count_flips(counts[thread], *scratch[-3:-1], scratch[-1][:, : notes + 1])
 
 
 @njit(cache=True)
@@ -1672,7 +1716,7 @@ def _widen(pairs, short, made, margins, starts, shift):
 def _add_outputs(pairs, low, high, sums, data, outputs):
     """Adds f of the neurons low, ..., high - 1 to outputs, from their pairs."""
     rows, _, points, products, base, active, _, _ = pairs
-    X, _, XXt, _, shift, unit, gather = data
+    X, _, XXt, _, _, shift, unit, gather = data
     n, d = X.shape
     firing, excess, moved_by, factors = (
         np.empty(n + 1, np.int64),
@@ -2069,13 +2113,14 @@ class _Lazy(_Search):
         n = len(self.X)
         expected = n * self.width * scipy.special.ndtr(-self.shift)  # active pairs at the start; more are tracked
         _check_memory(f"live pairs of {n} points and {self.width} neurons", 21 * expected)
-        cross = np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1)
+        cross = np.maximum(np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1), 1e-12)
         gather = 4.0 if n <= 362 else 64.0  # whether X X^T stays in a second-level cache of 1 MB
         self._data = PointData(
             self.X,
             self.X.astype(np.float32),
             self.XXt,
-            np.maximum(cross, 1e-12),
+            cross,
+            cross.max(),
             self.shift,
             1.0 / np.sqrt(self.width),
             gather,
@@ -2092,7 +2137,7 @@ class _Lazy(_Search):
         rounding = (d + 4) * np.finfo(np.float32).eps * 8.3 * np.sqrt(d)
         largest = np.finfo(np.float32).max
         least_active, base = np.float32(np.clip(self.shift - np.array([1, 2]) * rounding, -largest, largest))
-        cross = np.float32(self._data.cross.max())
+        cross = np.float32(self._data.largest_cross)
         # Training ends about where every active product has moved by |y_i| / (Phi(-b) sqrt(m)), and so dw_r is a sum of
         # vectors of about that length, one for each active point.
         reach = max(scipy.special.ndtr(-self.shift), 1e-30) * np.sqrt(self.width)
@@ -2142,7 +2187,7 @@ class _Lazy(_Search):
         )
         np.concatenate(points, out=self._pairs.points[: self._used])
         np.concatenate(products, out=self._pairs.products[: self._used])
-        self._ladder = [(np.inf, np.arange(self.n_live, dtype=np.int32))]
+        self._ladder = [Rung(np.inf, np.arange(self.n_live, dtype=np.int32), self._pairs.certificates)]
         # One for each thread, to be added up; in 256 MB at most.
         self.counts = np.zeros((max(1, min(numba.get_num_threads(), (1 << 26) // n**2)), n, n), np.int32)
         self.outputs = np.zeros(n)
@@ -2168,7 +2213,7 @@ class _Lazy(_Search):
         self._sum += step
         self._path += np.abs(step) / np.sqrt(self.width)
         lap("seconds_update")
-        while self._ladder[-1][0] < self._distance:
+        while self._ladder[-1].horizon < self._distance:
             self._ladder.pop()
         flips = self._pass()
         lap("seconds_query")
@@ -2176,19 +2221,23 @@ class _Lazy(_Search):
 
     def _pass(self):
         """Looks at the neurons whose certificates ran out; returns the number of flips."""
-        horizon, neurons = self._ladder[-1]
-        near, flips = self._look_among(neurons)
-        short = near[self._pairs.certificates[near] == -np.inf]
-        if short.size:
+        horizon, neurons, bounds = self._ladder[-1]
+        near, flips, shorts = self._look_among(neurons, bounds)
+        if shorts:
+            short = near[self._pairs.certificates[near] == -np.inf]
             self._widen(short)
-            flips += self._look_among(short)[1]
+            flips += self._look_among(short, self._pairs.certificates[short])[1]
         if near.size < neurons.size // 2:
-            self._ladder.append((min(horizon, self._distance + self._last_move), near))
+            horizon = min(horizon, self._distance + self._last_move)
+            self._ladder.append(Rung(horizon, near, self._pairs.certificates[near]))
         return flips
 
-    def _look_among(self, neurons):
-        """Looks at those of the neurons whose certificates ran out; returns those whose certificates are shorter than one
-        more move like the last one, and the number of flips."""
+    def _look_among(self, neurons, bounds):
+        """Looks at those of the neurons whose certificates, which are at least `bounds`, ran out.
+
+        Returns those whose certificates are shorter than one more move like the last one, the number of flips, and that of
+        neurons whose margins are too small.
+        """
         n = len(self.X)
         work = 8 * neurons.size
         counts = self.counts if work >= 1 << 16 else self.counts[:1]
@@ -2196,15 +2245,15 @@ class _Lazy(_Search):
         near, near_sizes = np.empty_like(neurons), np.empty(CHUNKS, np.int64)
         horizon = self._distance + self._last_move
         state = self._sum, self._path, self._data, counts, outputs, tallies
-        _run(_walk, work, self._pairs, neurons, self._distance, horizon, *state, near, near_sizes)
+        _run(_walk, work, self._pairs, neurons, bounds, self._distance, horizon, *state, near, near_sizes)
         firsts = neurons.size * np.arange(CHUNKS) // CHUNKS
         near = np.concatenate([near[low : low + size] for low, size in zip(firsts, near_sizes, strict=True)])
         self.outputs += outputs.sum(axis=0)
-        looked_at, flips, woken, _, operations = map(int, tallies.sum(axis=0))
+        looked_at, flips, woken, shorts, operations = map(int, tallies.sum(axis=0))
         self.looked_at += looked_at
         self.operations += operations + neurons.size + n * n
         self.changing += woken
-        return near, flips
+        return near, flips, shorts
 
     def _widen(self, short):
         """Makes the rows anew whose margins are too small, with margins twice as wide as is needed now."""
@@ -2290,11 +2339,12 @@ class _Lazy(_Search):
         certificates, firing, excess = pairs.certificates[moving], active[moving], excess[moving]
         paths, distances = firing @ self._path, firing.sum(axis=1) * (certificates - self._distance)
         claimed = np.maximum(rows["limit"][moving] - paths, distances)
-        slack = np.where(firing, excess, -excess / self._data.cross.max()) + tolerance[moving]
+        slack = np.where(firing, excess, -excess / self._data.largest_cross) + tolerance[moving]
         assert np.all(claimed[:, None] <= slack), "a pair can flip before its certificate ends"
         certified = np.where(moving, pairs.certificates, np.inf)
         assert np.all(certified >= self._distance), "a certificate is late"
-        for horizon, neurons in self._ladder:
+        for horizon, neurons, bounds in self._ladder:
+            assert np.all(bounds <= pairs.certificates[neurons]), "a list has a certificate too large"
             outside = np.ones(self.n_live, bool)
             outside[neurons] = False
             assert np.all(certified[outside] > horizon), "a certificate is late: its neuron is on no list"

@@ -843,7 +843,11 @@ def spoil_first(name, value):
         (lambda search: search._sum.__iadd__(1e-6), "the residual is not that of the weights"),
         (lambda search: search.counts.__iadd__(1), "counts are not the active sets'"),
         (lambda search: setattr(search, "changing", 0), "the number of neurons that move is wrong"),
-        (lambda search: search._ladder.append((np.inf, np.arange(0))), "its neuron is on no list"),
+        (lambda search: search._ladder.append(sublin.Rung(np.inf, *np.zeros((2, 0), int))), "its neuron is on no list"),
+        (
+            lambda search: search._ladder.append(search._ladder[0]._replace(bounds=search._ladder[0].bounds + 1.0)),
+            "a list has a certificate too large",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
