@@ -80,6 +80,7 @@ from numba import njit, prange
 from scipy.sparse.linalg import LinearOperator, cg
 
 __all__ = [
+    "ConvergenceWarning",
     "MaxTrees",
     "SparseJacobian",
     "SublinearTrainer",
@@ -1161,9 +1162,7 @@ def _check_numbers(name, value, dimensions):
     if scipy.sparse.issparse(value):
         raise TypeError(f"{name} is a sparse matrix, which is not supported; pass {name}.toarray()")
     if value is None:
-        raise ValueError(
-            f"{name} must be an array of numbers, but fit requires {name} to be passed, and the target {name} is None"
-        )
+        raise TypeError(f"{name} must be an array of numbers, got None")
     try:
         array = np.asarray(value)
     except ValueError:
@@ -1191,7 +1190,8 @@ def _check_numbers(name, value, dimensions):
         )
     if not np.isfinite(array).all():
         where = tuple(int(k) for k in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(f"{name} must be finite, but {name}{list(where)} is {array[where]}; remove or impute such entries")
+        what = "NaN" if np.isnan(array[where]) else f"{array[where]}"
+        raise ValueError(f"{name} must be finite, but {name}{list(where)} is {what}; remove or impute such entries")
     return array
 
 
@@ -1211,6 +1211,8 @@ def _check_vector(name, value, size=None, reason="one for each row of X"):
 
 def _check_targets(value, size):
     """A vector; a single column counts as one, with a warning."""
+    if value is None:
+        raise ValueError("fit requires y to be passed, but the target y is None")
     if getattr(value, "ndim", 1) == 2 and np.shape(value)[1] == 1:
         warnings.warn(
             f"A column-vector y was passed when a 1d array was expected, got shape {np.shape(value)}; pass y.ravel()",
@@ -1429,13 +1431,13 @@ MARGIN = 1.6
 GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments for the average case of Shellsort", 2001
 
 
-# A live neuron. Its pairs are start, ..., start + size - 1. A record of 32 bytes is half a cache line.
+# A live neuron. Its pairs are start, ..., start + count - 1. A record of 32 bytes is half a cache line.
 LIVE_ROW = np.dtype(
     [
         ("start", np.int64),
         ("limit", np.float64),  # the sum of A_i over act(r) at which the slack is used up
         ("margin", np.float32),  # starting products that are not tracked are further below b than this
-        ("size", np.int32),
+        ("count", np.int32),
         ("reach", np.int32),  # pairs that have ever been active are among so many first ones
         ("sign", np.int32),  # a_r
     ]
@@ -1483,7 +1485,7 @@ class Rung(NamedTuple):
 LOOKED_AT, FLIPS, WOKEN, SHORT, OPERATIONS = range(5)
 
 # A pair that a step flipped, with its `base` before.
-FLIP = np.dtype([("base", np.float64), ("neuron", np.int32), ("point", np.int32)])
+FLIP = np.dtype([("earlier", np.float64), ("neuron", np.int32), ("point", np.int32)])
 
 NOTES = 1 << 14  # flips, or points beside them, that are gathered before they are counted
 
@@ -1664,7 +1666,7 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally, scratc
     notes, entries = written
     for q in due:
         row = rows[q]
-        first, size, reach, scale = row.start, row.size, row.reach, -unit * row.sign
+        first, size, reach, scale = row.start, row.count, row.reach, -unit * row.sign
         k, c, bound, gone = 0, 0, 0.0, 0.0
         for e in range(first, first + reach):  # always written, kept if it counts: no branch to mispredict
             j = points[e]
@@ -1718,7 +1720,8 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally, scratc
                     if (excess >= 0.0) != was_active:
                         outputs[j] -= scale * abs(excess)
                         if journal.size:
-                            journal[entries].neuron, journal[entries].point, journal[entries].base = q, j, base[e]
+                            flip = journal[entries]
+                            flip.neuron, flip.point, flip.earlier = q, j, base[e]
                             entries += 1
                         base[e] += sums[j] if was_active else -sums[j]
                         active[e] = not was_active
@@ -1732,7 +1735,7 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally, scratc
                 gone += path[j] if is_active else 0.0
                 slack = min(slack, excess if is_active else excess * inverse)
             row.reach = reach
-            woken += (still > 0) - (k > 0)
+            woken += int(still > 0) - int(k > 0)
             if turned > bounds[0, notes]:
                 flips += turned - bounds[0, notes]
                 notes += 1
@@ -1826,7 +1829,7 @@ def _take_back(pairs, journal):
         e = row.start
         while points[e] != flip.point:
             e += 1
-        active[e], base[e] = not active[e], flip.base
+        active[e], base[e] = not active[e], flip.earlier
         certificates[flip.neuron] = row.limit = -np.inf
 
 
@@ -1848,13 +1851,13 @@ def _widen_rows(pairs, short, made, margins, starts, shift):
                 points[end], products[end] = j, made[z, j]
                 end += 1
         _sort_descending(products, points, row.start, end)
-        row.size = end - row.start
+        row.count = end - row.start
         for e in range(row.start, end):
             base[e], active[e] = old_base[points[e]], old_active[points[e]]
             old_base[points[e]], old_active[points[e]] = 0.0, False
             if base[e] != 0.0 or active[e]:
                 row.reach = e + 1 - row.start
-        if row.size == n:
+        if row.count == n:
             row.margin = np.inf
 
 
@@ -2061,6 +2064,9 @@ class _Network:
     def fill(self, out):
         """Writes the weights of all neurons (m, d)."""
         trained, rows_of = self._trained(), self._rows_by_block()
+        if self.live.size == self.width:
+            out[self.live] = trained(np.arange(self.width))
+            return
 
         def train(first, W, _):
             out[first : first + len(W)] = W
@@ -2068,6 +2074,12 @@ class _Network:
 
         for _ in self.draw(_for_each_neuron(train)):
             pass
+
+    def all_signs(self):
+        """Signs of all neurons (m,)."""
+        if self.live.size == self.width:
+            return self.signs[np.argsort(self.live)].astype(np.int8)
+        return np.concatenate(list(self.draw(lambda first, W, signs: signs)))
 
     def _rows_by_block(self):
         """A function that gives the places of a block's live neurons, called with its first neuron."""
@@ -2388,10 +2400,10 @@ class _Lazy(_Search):
         self.live, self.signs = np.concatenate([*live, moved]), np.concatenate([*signs, moved_signs]).astype(float)
         self.n_live = self.live.size
         sizes, used = np.concatenate(sizes), sum(map(len, points))
-        rows = np.zeros(self.n_live, LIVE_ROW)
+        rows = np.zeros(self.n_live, LIVE_ROW).view(np.recarray)  # whose records have attributes when not compiled too
         rows["limit"], rows["sign"] = -np.inf, self.signs
         drawn = rows[: sizes.size]
-        drawn["start"], drawn["size"] = np.cumsum(sizes, dtype=np.int64) - sizes, sizes
+        drawn["start"], drawn["count"] = np.cumsum(sizes, dtype=np.int64) - sizes, sizes
         drawn["margin"] = np.concatenate(margins)
         room = used + used // 2  # memory that is not written is not taken
         self._used = used
@@ -2487,7 +2499,7 @@ class _Lazy(_Search):
         horizon = self._distance + self._last_move
         state = self._sum, self._path, self._data, counts, outputs, tallies
         # A pair flips once at most. Memory that is not written is not taken.
-        journals = np.empty((len(counts), 0 if self._journal is None else self._used), FLIP)
+        journals = np.empty((len(counts), 0 if self._journal is None else self._used), FLIP).view(np.recarray)
         entries = np.zeros(len(counts), np.int64)
         places = near, near_sizes, journals, entries
         _run(_walk, work, self._pairs, neurons, bounds, self._distance, horizon, *state, *places)
@@ -2561,8 +2573,8 @@ class _Lazy(_Search):
         moves = _moves(pairs, np.arange(self.n_live), self._sum, self.X, self._data.scale)
         products = start + moves @ self.X.T
         tolerance = 1e-9 * (1.0 + np.abs(products))
-        neuron = np.repeat(np.arange(self.n_live), rows["size"])
-        rank = np.arange(neuron.size) - np.repeat(np.cumsum(rows["size"]) - rows["size"], rows["size"])
+        neuron = np.repeat(np.arange(self.n_live), rows["count"])
+        rank = np.arange(neuron.size) - np.repeat(np.cumsum(rows["count"]) - rows["count"], rows["count"])
         place = rank + rows["start"][neuron]
         points = pairs.points[place]
         tracked, active = np.zeros((2, self.n_live, n), bool)
@@ -2847,9 +2859,9 @@ class SublinearTrainer:
     damping : float >= 0, 0 being the paper's pure step; or "auto", Levenberg-Marquardt: the residual never rises, for a step
         that would raise it is taken back and tried again with more damping, which fades as the linear model proves right.
     normalize : how the rows of X get length 1. "lift" gives columns mean 0 and variance 1, appends a constant coordinate, so
-        that parallel rows stay apart, and scales the rows; "rows" does the same without the coordinate; None takes X and y as
-        they are and requires rows of length 1. Constant columns have no effect. Unless None, targets get mean 0 and variance
-        1 too, and `predict` undoes it.
+        that parallel rows stay apart, and scales the rows; "rows" does the same without the coordinate; None takes X and y
+        as they are and requires rows of length 1. Constant columns have no effect. Unless None, targets get mean 0 and
+        variance 1 too, and `predict` undoes it.
     dtype : precision of the products that "dense", "scan" and "tree" compute or keep. "float32" halves their memory
         and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always keeps its few pairs in float64.
     tol : float, relative residual ||f - y|| / ||y|| at which training stops.
@@ -3034,9 +3046,13 @@ class SublinearTrainer:
         """Steps until the residual is at most tol, or max_iter of them."""
         self._prepare_solver()
         damping = _Damping(self.damping)
-        self._record(self._relative_residual(), _Stopwatch())
+        if self.history_:
+            self._reached(self._relative_residual())
+            stopped = False
+        else:
+            self._record(self._relative_residual(), _Stopwatch(), damping=0.0 if damping.adaptive else self.damping)
+            stopped = self._tell(progress)
         last = self.n_iter_ + self.max_iter
-        stopped = self._tell(progress)
         while not (stopped or self.converged_ or self.n_iter_ >= last) and np.isfinite(self.residual_):
             before = self.residual_
             if not self._step(damping, self.n_iter_ + 1 == last):
@@ -3182,7 +3198,7 @@ class SublinearTrainer:
     def signs_(self):
         """Output signs (m,)."""
         self._check_fitted()
-        return np.concatenate(list(self._search.draw(lambda first, W, signs: signs)))
+        return self._search.all_signs()
 
     def _check_options(self):
         """Raises on bad options; returns the threshold and the seed."""
@@ -3240,14 +3256,14 @@ class SublinearTrainer:
             if self._rate is None:
                 self._rate = _gradient_rate(J)
             lap("seconds_solve")
-            return self._rate / (1.0 + self._rate * damping) * residual, 0
+            shrink = 1.0 + self._rate * damping if self.damping == "auto" else 1.0
+            return self._rate / shrink * residual, 0
         solve = _solve_sketch if self.solver == "sketch" else _solve_richardson
         return solve(J, residual, damping, self._tolerance, SKETCHES[self.sketch], self._sketch_size, self._rng, lap)
 
     def _record(self, residual, stopwatch, changed=0, flips=0, inner_iterations=0, damping=0.0, rejected=0):
-        self.n_iter_ = self.history_[-1]["iteration"] + 1 if self.history_ else 0
-        self.residual_ = float(residual)
-        self.converged_ = bool(self.residual_ <= self.tol)
+        self.n_iter_ = len(self.history_)
+        self._reached(residual)
         operations, looked_at = self._search.take_counts()
         self.history_.append(
             {
@@ -3265,6 +3281,10 @@ class SublinearTrainer:
                 **stopwatch.phases,
             }
         )
+
+    def _reached(self, residual):
+        self.residual_ = float(residual)
+        self.converged_ = bool(self.residual_ <= self.tol)
 
     def _tell(self, progress):
         """Shows the last record; True if the callback asks to stop."""

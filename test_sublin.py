@@ -6,10 +6,16 @@ Tests marked `core` are small enough to run interpreted, and are the ones to rep
     NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=.boundscheck python -m pytest -m core
 """
 
+import json
+import os
+import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 import tracemalloc
+import types
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -22,8 +28,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest, multivariate_normal, norm
 from sklearn.base import clone
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
+from sklearn.exceptions import ConvergenceWarning, DataConversionWarning, NotFittedError
 from sklearn.metrics import r2_score
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.multioutput import MultiOutputRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import sublin
 from sublin import (
@@ -100,8 +112,8 @@ def dense_training(X, y, W, signs, shift, steps, damping=0.0, gradient=False):
 
 
 def trainer(width=512, **options):
-    """A trainer on data as they are, from seed 0."""
-    options = {"normalize": None, "random_state": 0, "tol": 1e-9, **options}
+    """A trainer on data as they are, from seed 0, that takes pure steps."""
+    options = {"normalize": None, "random_state": 0, "tol": 1e-9, "damping": 0.0, **options}
     return SublinearTrainer(width, **options)
 
 
@@ -1023,7 +1035,18 @@ def test_fitting_again_starts_anew(search):
 # ======================================================================================================================
 
 PHASES = {"seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update"}
-KEYS = {"iteration", "residual", "active", "changed", "looked_at", "flips", "inner_iterations", "damping", "operations"}
+KEYS = {
+    "iteration",
+    "residual",
+    "active",
+    "changed",
+    "looked_at",
+    "flips",
+    "inner_iterations",
+    "damping",
+    "rejected",
+    "operations",
+}
 KEYS |= {"seconds"}
 
 
@@ -1095,7 +1118,7 @@ def test_max_iter_zero_leaves_the_start_in_silence():
 
 @core
 def test_stopping_short_of_the_tolerance_warns():
-    with pytest.warns(RuntimeWarning, match=r"after 1 steps is above tol=1e-09; use a larger width or a smaller shift"):
+    with pytest.warns(ConvergenceWarning, match=r"after 1 steps is above tol=1e-09: it was still falling; raise max_iter"):
         fitted = trainer(512, max_iter=1).fit(*problem(6, 5))
     assert not fitted.converged_ and fitted.n_iter_ == 1
 
@@ -1103,7 +1126,7 @@ def test_stopping_short_of_the_tolerance_warns():
 @core
 def test_training_that_overflows_stops_and_warns(monkeypatch):
     monkeypatch.setattr(sublin, "_solve_cholesky", lambda J, residual, *_: (-1e250 * residual, 0, None))
-    with np.errstate(over="ignore"), pytest.warns(RuntimeWarning, match=r"relative residual (inf|nan) after 1 steps"):
+    with np.errstate(over="ignore"), pytest.warns(ConvergenceWarning, match=r'(inf|nan) after 1 steps.*"auto"'):
         trainer(512).fit(*problem(6, 5))
 
 
@@ -1214,12 +1237,11 @@ def test_score_is_the_coefficient_of_determination():
 
 
 def scaled_by_hand(X, normalize, like):
-    """Rows of length 1, with the centre and the lift of the training points `like`."""
-    centred = X - like.mean(axis=0)
+    """Rows of length 1, with the mean, the deviation and the lift of the training points `like`."""
+    X = (X - like.mean(axis=0)) / like.std(axis=0)
     if normalize == "lift":
-        lift = np.sqrt(((like - like.mean(axis=0)) ** 2).sum(axis=1).mean())
-        centred = np.column_stack([centred, np.full(len(X), lift)])
-    return unit_rows(centred)
+        X = np.column_stack([X, np.full(len(X), sublin.LIFT * np.sqrt(like.shape[1]))])
+    return unit_rows(X)
 
 
 @core
@@ -1442,6 +1464,646 @@ def test_shifted_ntk_is_the_mean_gram_matrix_of_wide_networks():
 
 
 # ======================================================================================================================
+# Trainer: damping
+# ======================================================================================================================
+
+REAL = {
+    "digits": lambda: (lambda X, labels: (X, np.where(labels % 2, 1.0, -1.0)))(*load_digits(return_X_y=True)),
+    "diabetes": lambda: load_diabetes(return_X_y=True),
+    "breast cancer": lambda: load_breast_cancer(return_X_y=True),
+    "wine": lambda: load_wine(return_X_y=True),
+}
+# Hard for a pure step: targets that few neurons must fit, so that most steps overshoot.
+HARD = {"shift": 1.2, "damping": "auto", "max_iter": 12}
+
+
+def hard_problem(seed=0):
+    X, _ = problem(14, 2, seed)
+    return X, 300.0 * np.random.default_rng(seed + 1).standard_normal(14)
+
+
+def never_rises(fitted):
+    residuals = residuals_of(fitted)
+    return bool(np.all(np.diff(residuals) <= 0)) and np.isfinite(residuals).all()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_data_are_fitted_with_a_residual_that_never_rises(name):
+    X, y = REAL[name]()
+    fitted = SublinearTrainer(1 << 14, shift=1.0, tol=1e-3, max_iter=100, random_state=0).fit(X, y)
+    assert fitted.converged_ and never_rises(fitted)
+    default = SublinearTrainer(1 << 14, max_iter=8, random_state=0).fit(X, y)
+    assert never_rises(default) and default.residual_ < 0.6
+
+
+@pytest.mark.parametrize("name", ["digits", "breast cancer", "wine"])
+def test_real_data_without_centring_are_fitted_with_a_residual_that_never_rises(name):
+    X, y = REAL[name]()
+    X, y = unit_rows(X)[:300], (y - y.mean())[:300]
+    assert never_rises(SublinearTrainer(1 << 12, normalize=None, max_iter=12, random_state=0).fit(X, y))
+
+
+@core
+@searches
+@solvers
+def test_adaptive_damping_never_lets_the_residual_rise(search, solver):
+    X, y = hard_problem()
+    size = 600 if solver == "richardson" else None
+    fitted = trainer(300, search=search, solver=solver, sketch_size=size, **HARD).fit(X, y)
+    assert never_rises(fitted) and fitted.n_iter_ > 1
+    assert_consistent(X, fitted)
+    fitted.check()
+
+
+@core
+@searches
+def test_hard_problems_reject_steps_and_searches_take_the_same_ones(search):
+    X, y = hard_problem()
+    expected = trainer(300, search="dense", **HARD).fit(X, y)
+    assert sum(record["rejected"] for record in expected.history_) > 0
+    fitted = trainer(300, search=search, **HARD).fit(X, y)
+    np.testing.assert_allclose(residuals_of(fitted), residuals_of(expected), rtol=1e-6)
+    for key in ("rejected", "flips", "changed"):
+        assert [record[key] for record in fitted.history_] == [record[key] for record in expected.history_]
+
+
+@core
+@searches
+@pytest.mark.parametrize("width, shift, scale", [(300, 1.2, 300.0), (64, 0.0, 1.0), (400, 1.5, 0.1)])
+def test_a_step_taken_back_leaves_every_bit_as_it_was(search, width, shift, scale):
+    X, y = problem(12, 3)
+    fitted = trainer(width, search=search, shift=shift, damping=0.1, max_iter=2).fit(X, y)
+    found = fitted._search
+    weights, active, outputs = fitted.weights(), fitted.active_sets(), found.outputs.copy()
+    step = scale * np.random.default_rng(0).standard_normal(len(X))
+    for _ in range(2):
+        found.remember()
+        assert found.advance(step, lambda phase: None) > 0
+        assert not np.array_equal(fitted.weights(), weights)
+        found.undo()
+        np.testing.assert_array_equal(fitted.weights(), weights)
+        np.testing.assert_array_equal(found.outputs, outputs)
+        for array, expected in zip(fitted.active_sets(), active, strict=True):
+            np.testing.assert_array_equal(array, expected)
+        fitted.check()
+    untouched = trainer(width, search=search, shift=shift, damping=0.1, max_iter=2).fit(X, y)
+    for trained in (fitted, untouched):
+        trained._search.advance(step, lambda phase: None)
+    np.testing.assert_allclose(fitted.weights(), untouched.weights(), rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    n=st.integers(1, 30),
+    d=st.integers(1, 6),
+    width=st.integers(1, 200),
+    shift=st.floats(-1, 2),
+    scale=st.floats(-3, 3),
+    seed=st.integers(0, 1000),
+)
+def test_lazy_and_dense_damp_alike_in_every_regime(n, d, width, shift, scale, seed):
+    X, y = problem(n, d, seed)
+    options = {"damping": "auto", "shift": shift, "max_iter": 6, "random_state": seed, "tol": 1e-6}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lazy, dense = (trainer(2 * width, search=search, **options).fit(X, 10.0**scale * y) for search in ("lazy", "dense"))
+    lazy.check()
+    assert never_rises(lazy) and never_rises(dense)
+    # Where the Gram matrix is nearly singular, rounding decides whether a step is taken; then only the first ones agree.
+    count = min(len(lazy.history_), len(dense.history_), 3)
+    np.testing.assert_allclose(residuals_of(lazy)[:count], residuals_of(dense)[:count], rtol=1e-3, atol=1e-6)
+
+
+@core
+def test_damping_fades_so_that_convergence_stays_superlinear():
+    X, y = problem(10, 8)
+    pure, damped = (trainer(4096, damping=damping).fit(X, y) for damping in (0.0, "auto"))
+    assert damped.converged_ and damped.n_iter_ <= pure.n_iter_ + 1
+    exponents = np.log(residuals_of(damped)[2:]) / np.log(residuals_of(damped)[1:-1])
+    assert exponents[-1] > 1.5
+
+
+@core
+@searches
+def test_a_singular_gram_matrix_is_damped_not_refused(search):
+    X, y = problem(6, 4)
+    X[3], y[3] = X[2], y[2]
+    with pytest.raises(np.linalg.LinAlgError, match=r"points 2 and 3 coincide"):
+        trainer(2000, search=search, shift=0.5).fit(X, y)
+    assert trainer(2000, search=search, shift=0.5, damping="auto", tol=1e-6).fit(X, y).converged_
+
+
+@core
+@pytest.mark.parametrize("damping", ["auto", 1e-3])
+def test_coinciding_points_with_other_targets_bound_the_residual_and_are_named(damping):
+    X, y = problem(8, 4)
+    X[5] = X[1]
+    bound = np.sqrt(2) * abs(y[5] - y[1]) / 2 / np.linalg.norm(y)
+    message = rf"2 rows of X coincide with rows that have other targets, the first are 1 and 5.* below {bound:.3g}; merge"
+    with pytest.warns(UserWarning, match=message):
+        fitted = trainer(2000, shift=0.5, damping=damping, max_iter=40).fit(X, y)
+    assert bound <= fitted.residual_ <= 1.01 * bound
+
+
+@core
+def test_coinciding_points_with_equal_targets_are_no_reason_to_warn():
+    X, y = problem(8, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = trainer(2000, shift=0.5, damping="auto", tol=1e-5).fit(np.vstack([X, X]), np.append(y, y))
+    assert fitted.converged_
+
+
+@core
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"shift": 3.0, "width": 64}, r"\d points have no active neuron \(the first is \d\).*lower shift, or raise width"),
+        ({"max_iter": 1}, r"it was still falling; raise max_iter"),
+        ({"shift": 0.3, "width": 4, "max_iter": 60}, r"lower shift or raise width"),
+    ],
+)
+def test_warnings_say_which_knob_to_turn_and_in_which_direction(options, message):
+    X, y = problem(12, 3)
+    with pytest.warns(ConvergenceWarning, match=message):
+        trainer(**{"damping": "auto", "width": 512, **options}).fit(X, y)
+
+
+def test_warnings_need_no_scikit_learn():
+    code = (
+        "import sys, warnings, numpy as np, sublin\n"
+        "warnings.simplefilter('error', sublin.ConvergenceWarning)\n"
+        "try:\n"
+        "    sublin.SublinearTrainer(64, max_iter=1).fit(np.eye(4), [1, 2, 3, 4])\n"
+        "except sublin.ConvergenceWarning:\n"
+        "    print('sklearn' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+
+
+# ======================================================================================================================
+# Trainer: any finite data
+# ======================================================================================================================
+
+
+@core
+@pytest.mark.parametrize("normalize", ["lift", "rows"])
+@pytest.mark.parametrize("scale", [1e-300, 1e-9, 1e9, 1.7e308])
+def test_units_and_offsets_of_the_data_do_not_matter(normalize, scale):
+    rng = np.random.default_rng(0)
+    X, y = rng.uniform(-1, 1, (8, 4)), rng.uniform(-1, 1, 8)
+    plain = trainer(1000, normalize=normalize, tol=1e-8).fit(X, y)
+    scaled = trainer(1000, normalize=normalize, tol=1e-8).fit(scale * X, scale * y)
+    new = rng.uniform(-1, 1, (5, 4))
+    assert scaled.converged_
+    np.testing.assert_allclose(scaled.predict(scale * new) / scale, plain.predict(new), rtol=1e-6, atol=1e-9)
+
+
+@core
+def test_values_of_constant_columns_have_no_effect():
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((8, 3)), rng.standard_normal(8)
+    constant = np.column_stack([X, np.full(8, 0.1), np.zeros(8), np.full(8, -1e300)])
+    fitted, expected = trainer(500, normalize="lift").fit(constant, y), trainer(500, normalize="lift").fit(X, y)
+    assert fitted.converged_ and expected.converged_
+    moved = constant + [0, 0, 0, 5, 7, 1e299]
+    np.testing.assert_array_equal(fitted.predict(moved), fitted.predict(constant))
+
+
+# ======================================================================================================================
+# Trainer: scikit-learn's conventions
+# ======================================================================================================================
+
+
+@parametrize_with_checks([SublinearTrainer(1024, shift=0.5)])
+def test_scikit_learn_accepts_the_trainer(estimator, check):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        check(estimator)
+
+
+def test_the_trainer_works_in_pipelines_and_searches():
+    X, y = load_diabetes(return_X_y=True)
+    X, y = X[:80], y[:80]
+    model = SublinearTrainer(512, shift=0.0, damping=1e-2, tol=1e-2, max_iter=5, random_state=0)
+    scores = cross_val_score(make_pipeline(StandardScaler(), model), X, y, cv=3)
+    assert scores.shape == (3,) and np.isfinite(scores).all()
+    found = GridSearchCV(model, {"width": [128, 256], "shift": [0.0, 0.5]}, cv=2).fit(X, y)
+    assert found.best_params_["width"] in (128, 256) and isinstance(found.best_estimator_, SublinearTrainer)
+    many = MultiOutputRegressor(model).fit(X, np.column_stack([y, -y]))
+    assert many.predict(X[:5]).shape == (5, 2)
+
+
+class Frame:
+    """As much of a data frame as the trainer looks at."""
+
+    def __init__(self, values, columns):
+        self.values, self.columns, self.shape = values, columns, values.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+    def __len__(self):
+        return len(self.values)
+
+
+@core
+def test_features_are_counted_and_named():
+    X, y = problem(6, 3)
+    fitted = trainer(200, normalize="lift", max_iter=1).fit(Frame(X, ["a", "b", "c"]), y)
+    assert fitted.n_features_in_ == 3 and list(fitted.feature_names_in_) == ["a", "b", "c"]
+    np.testing.assert_array_equal(fitted.predict(Frame(X, ["a", "b", "c"])), fitted.predict(Frame(X, ["a", "b", "c"])))
+    with pytest.raises(ValueError, match=r"(?s)should match.*unseen at fit time:\n- d\n.*now missing:\n- c\n"):
+        fitted.predict(Frame(X, ["a", "b", "d"]))
+    with pytest.raises(ValueError, match="must be in the same order"):
+        fitted.predict(Frame(X, ["b", "a", "c"]))
+    with pytest.warns(UserWarning, match="X does not have valid feature names"):
+        fitted.predict(X)
+    fitted.fit(X, y)
+    assert not hasattr(fitted, "feature_names_in_")
+    with pytest.warns(UserWarning, match="X has feature names, but"):
+        fitted.predict(Frame(X, ["a", "b", "c"]))
+
+
+@core
+def test_a_column_of_targets_is_taken_with_a_warning():
+    X, y = problem(6, 3)
+    with pytest.warns(DataConversionWarning, match=r"column-vector y was passed.*pass y.ravel\(\)"):
+        column = trainer(200, max_iter=2).fit(X, y[:, None])
+    np.testing.assert_array_equal(column.predict(X), trainer(200, max_iter=2).fit(X, y).predict(X))
+
+
+@core
+def test_trainers_that_are_not_fitted_raise_what_scikit_learn_expects():
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        SublinearTrainer().predict(X5)
+
+
+@core
+def test_loss_curve_is_half_the_mean_squared_error():
+    X, y = problem(8, 3)
+    y, seen = 40.0 + 5.0 * y, []
+    fitted = trainer(300, normalize="lift", max_iter=3)
+    fitted.set_params(callback=lambda record: seen.append(0.5 * np.mean((fitted.predict(X) - y) ** 2))).fit(X, y)
+    np.testing.assert_allclose(fitted.loss_curve_, seen, rtol=1e-6)
+
+
+@core
+def test_representation_names_what_is_not_default():
+    assert repr(SublinearTrainer(64, solver="cg")) == "SublinearTrainer(width=64, solver='cg')"
+
+
+@core
+@searches
+@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
+def test_warm_starts_go_on_from_the_last_weights(search, init):
+    X, y = problem(10, 3)
+    options = {"width": 200, "shift": 0.5, "search": search, "init": init, "damping": 0.05}
+    whole = trainer(max_iter=6, **options).fit(X, y)
+    parts = trainer(max_iter=3, warm_start=True, **options).fit(X, y).fit(X, y)
+    np.testing.assert_array_equal(parts.weights(), whole.weights())
+    assert [record["iteration"] for record in parts.history_] == list(range(7))
+    np.testing.assert_array_equal(residuals_of(parts), residuals_of(whole))
+    parts.check()
+
+
+@core
+@searches
+@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
+@pytest.mark.parametrize("before", SEARCHES)
+def test_warm_starts_go_on_with_other_points_and_searches(search, init, before):
+    X, y = problem(10, 3)
+    more, targets = problem(16, 3, seed=5)
+    options = {"width": 200, "shift": 0.8, "init": init, "damping": 0.05, "max_iter": 3, "warm_start": True}
+    fitted = trainer(search=before, **options).fit(X, y)
+    weights, signs = fitted.weights(), fitted.signs_
+    fitted.set_params(search=search, max_iter=0).fit(more, targets)
+    np.testing.assert_allclose(fitted.weights(), weights, atol=1e-12)
+    np.testing.assert_array_equal(fitted.signs_, signs)
+    fitted.check()
+    fitted.set_params(max_iter=4).fit(more, targets)
+    *_, (residual, expected) = dense_training(more, targets, weights, signs, fitted.shift_, 4, damping=0.05)
+    assert fitted.residual_ == pytest.approx(residual, rel=1e-6)
+    np.testing.assert_allclose(fitted.weights(), expected, atol=1e-8)
+    np.testing.assert_allclose(fitted.predict(X), dense_outputs(X, expected, signs, fitted.shift_), atol=1e-8)
+    fitted.check()
+
+
+@core
+@pytest.mark.parametrize("changed", [{"width": 64}, {"init": "gaussian"}, {"shift": 0.1}])
+def test_warm_starts_refuse_another_network(changed):
+    X, y = problem(6, 3)
+    fitted = trainer(100, shift=0.5, warm_start=True, max_iter=1).fit(X, y)
+    name = next(iter(changed))
+    with pytest.raises(ValueError, match=rf"{name} must stay .* for warm_start=True.*, got .*; use warm_start=False"):
+        fitted.set_params(**changed).fit(X, y)
+
+
+# ======================================================================================================================
+# Trainer: long runs
+# ======================================================================================================================
+
+
+@core
+def test_a_callback_that_returns_true_stops_training():
+    X, y = problem(6, 5)
+    fitted = trainer(512, callback=lambda record: record["iteration"] == 2)
+    with pytest.warns(ConvergenceWarning):
+        fitted.fit(X, y)
+    assert fitted.n_iter_ == 2 and len(fitted.history_) == 3
+    fitted.check()
+
+
+class Interrupted:
+    """A method that is interrupted by SIGINT at its k-th call, once it has done its work, or before."""
+
+    def __init__(self, method, k, early):
+        self.method, self.left, self.early = method, k, early
+
+    def __get__(self, instance, owner):
+        def call(*arguments):
+            self.left -= 1
+            if self.left == 0 and self.early:
+                os.kill(os.getpid(), signal.SIGINT)
+            found = self.method(instance, *arguments)
+            if self.left == 0 and not self.early:
+                os.kill(os.getpid(), signal.SIGINT)
+            return found
+
+        return call
+
+
+@core
+@searches
+@pytest.mark.parametrize("early", [True, False])
+def test_an_interrupt_in_a_step_waits_for_its_end_and_goes_on_to_the_caller(search, early, monkeypatch):
+    X, y = problem(8, 4)
+    kind = sublin.SEARCHES[search]
+    monkeypatch.setattr(kind, "advance", Interrupted(kind.advance, 2, early))
+    fitted = trainer(400, search=search, damping="auto")
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fitted.fit(X, y)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert fitted.n_iter_ == 2 and len(fitted.history_) == 3
+    fitted.check()
+    np.testing.assert_allclose(fitted.predict(X) - y, fitted._search.outputs - y, atol=1e-12)
+
+
+@core
+def test_an_interrupt_from_the_callback_leaves_the_trainer_usable():
+    X, y = problem(8, 4)
+
+    def interrupt(record):
+        if record["iteration"] == 1:
+            raise KeyboardInterrupt
+
+    fitted = trainer(400, callback=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fitted.fit(X, y)
+    assert fitted.n_iter_ == 1
+    fitted.check()
+    fitted.set_params(callback=None, warm_start=True).fit(X, y)
+    assert fitted.converged_
+
+
+def test_interrupts_at_any_moment_of_a_run_leave_a_whole_network():
+    code = (
+        "import signal, sys, threading, time, os, numpy as np\n"
+        "from sublin import SublinearTrainer\n"
+        "rng = np.random.default_rng(0)\n"
+        "X, y = rng.standard_normal((60, 8)), rng.standard_normal(60)\n"
+        "net = SublinearTrainer(1 << 12, shift=1.0, tol=0.0, max_iter=10**6, random_state=0, damping=1e-3).fit\n"
+        "for k in range(12):\n"
+        "    net = SublinearTrainer(1 << 12, shift=1.0, tol=0.0, max_iter=10**6, random_state=0, damping=1e-3)\n"
+        "    delay = rng.uniform(0, 0.08)\n"
+        "    started = threading.Event()\n"
+        "    net.callback = lambda record: started.set()\n"
+        "    threading.Thread(target=lambda: (started.wait(), time.sleep(delay), os.kill(os.getpid(), signal.SIGINT))).start()\n"
+        "    try:\n"
+        "        net.fit(X, y)\n"
+        "    except KeyboardInterrupt:\n"
+        "        net.check()\n"
+        "        assert len(net.history_) == net.n_iter_ + 1\n"
+        "        print('whole')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert run.stdout.split() == ["whole"] * 12, run.stderr
+
+
+@core
+def test_verbose_shows_bars_where_tqdm_is_installed(monkeypatch, capsys):
+    bars = []
+
+    class Bar:
+        def __init__(self, total, desc, unit):
+            self.total, self.n, self.open = total, 0, True
+            bars.append(self)
+
+        def update(self, count):
+            self.n += count
+
+        def set_postfix(self, residual):
+            self.residual = residual
+
+        def close(self):
+            self.open = False
+
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    fitted = trainer(512, verbose=2, max_iter=2).fit(*problem(6, 5))
+    assert bars[-1].n == 2 and bars[-1].total == 2 and not any(bar.open for bar in bars)
+    assert bars[-1].residual == f"{fitted.residual_:.2e}"
+    assert capsys.readouterr().out == ""
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # not installed
+    trainer(512, verbose=2, max_iter=2).fit(*problem(6, 5))
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@core
+def test_drawing_neurons_reports_its_progress(monkeypatch, capsys):
+    monkeypatch.setattr(sublin, "BLOCK", 64)
+    monkeypatch.setattr(sublin.time, "perf_counter", iter(np.arange(0.0, 1e6, 2.0)).__next__)
+    trainer(256, verbose=1, max_iter=0).fit(*problem(6, 5))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [f"drawing neurons: {share:4.0%}" for share in (0.25, 0.5, 0.75, 1.0)]
+
+
+# ======================================================================================================================
+# Trainer: save and load
+# ======================================================================================================================
+
+
+@core
+@searches
+@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
+@pytest.mark.parametrize("normalize", ["lift", "rows", None])
+def test_loaded_trainers_predict_to_the_bit_and_train_on(search, init, normalize, tmp_path, monkeypatch):
+    X, y = problem(10, 3)
+    new = problem(7, 3, seed=3)[0]
+    options = {"width": 200, "shift": 0.5, "search": search, "init": init, "normalize": normalize, "damping": 0.05}
+    fitted = trainer(max_iter=3, random_state=np.random.default_rng(0), callback=print, **options).fit(X, y)
+    fitted.save(tmp_path / "net.npz")
+    loaded = SublinearTrainer.load(tmp_path / "net.npz")
+    np.testing.assert_array_equal(loaded.predict(new), fitted.predict(new))
+    np.testing.assert_array_equal(loaded.weights(), fitted.weights())
+    np.testing.assert_array_equal(loaded.signs_, fitted.signs_)
+    for array, expected in zip(loaded.active_sets(), fitted.active_sets(), strict=True):
+        np.testing.assert_array_equal(array, expected)
+    assert loaded.history_ == fitted.history_ and loaded.get_params()["width"] == 200 and loaded.callback is None
+    loaded.check()
+    loaded.save(tmp_path / "again.npz")
+    np.testing.assert_array_equal(SublinearTrainer.load(tmp_path / "again.npz").predict(new), fitted.predict(new))
+    for trained in (loaded, fitted):
+        trained.set_params(warm_start=True, max_iter=3, callback=None).fit(X, y)
+    np.testing.assert_allclose(loaded.weights(), fitted.weights(), atol=1e-9)
+    loaded.check()
+
+
+@core
+@searches
+@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
+def test_predictions_after_loading_do_not_depend_on_numpys_generator(search, init, tmp_path, monkeypatch):
+    X, y = problem(10, 3)
+    fitted = trainer(200, search=search, init=init, max_iter=3, damping=0.05).fit(X, y)
+    expected = fitted.predict(X)
+    fitted.save(tmp_path / "net")
+
+    def another_generator(seed, block, count, d, init):
+        count = count // 2 if init == "antisymmetric" else count
+        return np.full((count, d), 0.25, np.float32), np.ones(2 * count, np.int8)
+
+    monkeypatch.setattr(sublin, "_starting_vectors", another_generator)
+    loaded = SublinearTrainer.load(tmp_path / "net")
+    np.testing.assert_array_equal(loaded.predict(X), expected)
+    if init == "antisymmetric" and search != "dense":
+        with pytest.raises(ValueError, match="NumPy's generator has changed since this network was saved"):
+            loaded.weights()
+    else:
+        assert loaded.weights().shape == (200, 3)
+
+
+@core
+def test_saved_files_hold_no_more_than_live_neurons(tmp_path):
+    X, y = problem(6, 3)
+    fitted = trainer(20000, shift=2.5, max_iter=1, damping=1.0).fit(X, y)
+    fitted.save(tmp_path / "net")
+    assert (tmp_path / "net").stat().st_size < 8 * 3 * fitted.n_live_ + 20000
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Bytes of a saved trainer."""
+    path = tmp_path_factory.mktemp("saved") / "net.npz"
+    trainer(200, shift=0.5, max_iter=2, damping=0.05).fit(*problem(10, 3)).save(path)
+    return path.read_bytes()
+
+
+def refuses(path):
+    with pytest.raises(
+        ValueError, match=r"path must be a file written by SublinearTrainer.save, but .* is damaged or foreign"
+    ):
+        SublinearTrainer.load(path)
+
+
+def test_truncated_files_are_refused(saved, tmp_path):
+    for length in {0, 1, 100, *np.linspace(0, len(saved) - 1, 60).astype(int)}:
+        (tmp_path / "net").write_bytes(saved[:length])
+        refuses(tmp_path / "net")
+
+
+def test_files_with_a_flipped_bit_are_refused_or_harmless(saved, tmp_path):
+    X = problem(10, 3)[0]
+    (tmp_path / "net").write_bytes(saved)
+    expected, rng, refused = SublinearTrainer.load(tmp_path / "net").predict(X), np.random.default_rng(0), 0
+    for place in rng.integers(len(saved) * 8, size=400):
+        damaged = bytearray(saved)
+        damaged[place // 8] ^= 1 << (place % 8)
+        (tmp_path / "net").write_bytes(damaged)
+        try:
+            found = SublinearTrainer.load(tmp_path / "net").predict(X)
+        except ValueError as error:
+            assert "damaged or foreign" in str(error)
+            refused += 1
+        else:  # a date, say
+            np.testing.assert_array_equal(found, expected)
+    assert refused > 300
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return os.abort, ()
+
+
+def test_foreign_files_are_refused_and_never_run(saved, tmp_path):
+    path = tmp_path / "net"
+    for content in (b"", b"hello", pickle.dumps(Trap()), saved[::-1]):
+        path.write_bytes(content)
+        refuses(path)
+    np.save(tmp_path / "array.npy", np.ones(3))
+    refuses(tmp_path / "array.npy")
+    np.savez(tmp_path / "other.npz", X=np.ones(3))
+    refuses(tmp_path / "other.npz")
+    about = np.frombuffer(json.dumps({"format": sublin.FORMAT, "digest": "0"}).encode(), np.uint8)
+    np.savez(tmp_path / "about.npz", about=about)
+    refuses(tmp_path / "about.npz")
+    np.savez(tmp_path / "trap.npz", about=np.array([Trap()], dtype=object))
+    refuses(tmp_path / "trap.npz")
+
+
+def test_missing_files_and_folders_raise_what_python_raises(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        SublinearTrainer.load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError):
+        trainer(64, max_iter=0).fit(X5, Y5).save(tmp_path / "none" / "net")
+    with pytest.raises((AttributeError, NotFittedError), match="not fitted yet"):
+        SublinearTrainer().save(tmp_path / "net")
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_file(tmp_path):
+    code = (
+        "import sys\n"
+        "import numpy as np\n"
+        "from sublin import SublinearTrainer\n"
+        "rng = np.random.default_rng(0)\n"
+        "net = SublinearTrainer(1 << 15, max_iter=1, shift=1.0, damping=1.0, random_state=0)\n"
+        "net.fit(rng.standard_normal((20, 8)), rng.standard_normal(20))\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    net.save(sys.argv[1])\n"
+    )
+    path, rng, whole = tmp_path / "net.npz", np.random.default_rng(0), 0
+    for _ in range(6):
+        run = [sys.executable, "-W", "ignore", "-c", code, str(path)]
+        with subprocess.Popen(run, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(rng.uniform(0.02, 0.3))
+            process.kill()
+        if path.exists():
+            assert SublinearTrainer.load(path).n_iter_ == 1
+            whole += 1
+    assert whole >= 4
+
+
+@core
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "net"
+    fitted = trainer(64, max_iter=0).fit(X5, Y5)
+    fitted.save(path)
+    before = path.read_bytes()
+
+    def full(*arguments, **arrays):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="no space left"):
+        fitted.save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["net"]
+
+
+# ======================================================================================================================
 # Bad input
 # ======================================================================================================================
 
@@ -1467,16 +2129,20 @@ def jacobian():
 
 BAD_INPUT = [
     # X and y
-    (fit(X=X5[0]), ValueError, r"X must have 2 dimension\(s\), got shape \(3,\); pass X\[:, None\]"),
+    (fit(X=X5[0]), ValueError, r"X must have 2 dimension\(s\), got shape \(3,\). Reshape your data: pass X\[:, None\]"),
     (fit(X=X5[None]), ValueError, r"X must have 2 dimension\(s\), got shape \(1, 5, 3\)"),
-    (fit(X=np.ones((0, 3)), y=[]), ValueError, r"X must not be empty, got shape \(0, 3\)"),
-    (fit(X=np.ones((5, 0))), ValueError, r"X must not be empty, got shape \(5, 0\)"),
-    (fit(X=NAN, y=[1, 2]), ValueError, r"X must be finite, but X\[1, 0\] is nan; remove or impute"),
+    (fit(X=np.ones((0, 3)), y=[]), ValueError, r"X must not be empty, but has 0 sample\(s\) \(shape=\(0, 3\)\)"),
+    (fit(X=np.ones((5, 0))), ValueError, r"X must not be empty, but has 0 feature\(s\) \(shape=\(5, 0\)\)"),
+    (fit(X=NAN, y=[1, 2]), ValueError, r"X must be finite, but X\[1, 0\] is NaN; remove or impute"),
     (fit(X=[[1, np.inf]], y=[1]), ValueError, r"X must be finite, but X\[0, 1\] is inf"),
     (fit(X=[["a", "b"]], y=[1]), TypeError, r"X must be an array of numbers, got dtype <U1; encode it as numbers"),
-    (fit(X=[[object()]], y=[1]), TypeError, r"X must be an array of numbers, got dtype object"),
-    (fit(X=None), TypeError, r"X must be an array of numbers, got dtype object"),
-    (fit(X=X5 + 0j), TypeError, r"X must be real, got complex numbers"),
+    (
+        fit(X=[[object()]], y=[1]),
+        TypeError,
+        r"X must be an array of numbers, but of its entries: float\(\) argument must be",
+    ),
+    (fit(X=None), TypeError, r"X must be an array of numbers, got None"),
+    (fit(X=X5 + 0j), ValueError, r"Complex data not supported: X must be real; pass its real part"),
     (
         fit(X=scipy.sparse.csr_matrix(X5)),
         TypeError,
@@ -1484,10 +2150,11 @@ BAD_INPUT = [
     ),
     (fit(X=[[1.0, 2.0], [3.0]], y=[1, 2]), ValueError, r"X must be an array, but its rows have different lengths"),
     (fit(y=Y5[:4]), ValueError, r"y must have 5 entries, one for each row of X, got 4"),
-    (fit(y=Y5[:, None]), ValueError, r"y must have 1 dimension\(s\), got shape \(5, 1\)"),
-    (fit(y=[1, 2, np.nan, 4, 5]), ValueError, r"y must be finite, but y\[2\] is nan"),
+    (fit(y=np.ones((5, 2))), ValueError, r"y must have 1 dimension\(s\), got shape \(5, 2\).*y.ravel\(\)"),
+    (fit(y=None), ValueError, r"fit requires y to be passed, but the target y is None"),
+    (fit(y=[1, 2, np.nan, 4, 5]), ValueError, r"y must be finite, but y\[2\] is NaN"),
     (fit(y=["a"] * 5), TypeError, r"y must be an array of numbers, got dtype <U1"),
-    (fit(y=Y5 * 1j), TypeError, r"y must be real, got complex numbers"),
+    (fit(y=Y5 * 1j), ValueError, r"Complex data not supported: y must be real"),
     (
         fit(X=X5 * [[1], [1], [2], [1], [1]], normalize=None),
         ValueError,
@@ -1536,6 +2203,10 @@ BAD_INPUT = [
     (fit(alpha=-0.1), ValueError, r"alpha must be a finite number in \[0, 1\), got -0.1"),
     (fit(damping=-1), ValueError, r"damping must be a finite number in \[0, inf\), got -1"),
     (fit(damping=None), TypeError, r"damping must be a number, got None"),
+    (fit(damping="automatic"), TypeError, r"damping must be a number, got 'automatic'"),
+    (fit(damping=np.nan), ValueError, r"damping must be a finite number in \[0, inf\), got nan"),
+    (fit(verbose=3), ValueError, r"verbose must be one of 0, 1, 2, got 3"),
+    (fit(warm_start="yes"), ValueError, r"warm_start must be one of False, True, got 'yes'"),
     (fit(tol=np.nan), ValueError, r"tol must be a finite number in \[0, inf\), got nan"),
     (fit(tol="tight"), TypeError, r"tol must be a number, got 'tight'"),
     (fit(max_iter=-1), ValueError, r"max_iter must be at least 0, got -1"),
@@ -1555,7 +2226,11 @@ BAD_INPUT = [
     (lambda: SublinearTrainer().weights(), AttributeError, r"not fitted yet"),
     (lambda: SublinearTrainer().active_sets(), AttributeError, r"not fitted yet"),
     (lambda: SublinearTrainer().signs_, AttributeError, r"not fitted yet"),
-    (lambda: fitted_trainer().predict(X5[:, :2]), ValueError, r"X has 2 columns, but fit saw 3"),
+    (
+        lambda: fitted_trainer().predict(X5[:, :2]),
+        ValueError,
+        r"X has 2 features, but SublinearTrainer is expecting 3 features as input",
+    ),
     (lambda: fitted_trainer().predict(X5[0]), ValueError, r"X must have 2 dimension\(s\)"),
     (lambda: fitted_trainer().predict(2 * X5), ValueError, r"rows of X must have length 1, but row \d has length 2"),
     (lambda: fitted_trainer().score(X5, Y5[:4]), ValueError, r"y must have 5 entries, one for each row of X, got 4"),
@@ -1563,7 +2238,7 @@ BAD_INPUT = [
     (lambda: fitted_trainer().score(X5, np.ones(5)), ValueError, r"y must not be constant, since R\^2"),
     # trees
     (lambda: MaxTrees(np.ones(3), np.ones((4, 3))), ValueError, r"X must have 2 dimension\(s\), got shape \(3,\)"),
-    (lambda: MaxTrees(np.ones((2, 3)), NAN), ValueError, r"W must be finite, but W\[1, 0\] is nan"),
+    (lambda: MaxTrees(np.ones((2, 3)), NAN), ValueError, r"W must be finite, but W\[1, 0\] is NaN"),
     (lambda: MaxTrees(np.ones((2, 3)), np.ones((0, 3))), ValueError, r"W must not be empty"),
     (lambda: MaxTrees(np.ones((2, 3)), np.ones((4, 2))), ValueError, r"W has 2 columns and X has 3; they must agree"),
     (
@@ -1582,7 +2257,7 @@ BAD_INPUT = [
     (lambda: trees().query_all([0.0, 1.0]), ValueError, r"tau must be a number, possibly infinite"),
     (lambda: trees().update(20, np.ones(3)), IndexError, r"j must be in 0..19, got 20"),
     (lambda: trees().update(0, np.ones(2)), ValueError, r"w must have 3 entries, one for each column of X, got 2"),
-    (lambda: trees().update(0, [1, 2, np.nan]), ValueError, r"w must be finite, but w\[2\] is nan"),
+    (lambda: trees().update(0, [1, 2, np.nan]), ValueError, r"w must be finite, but w\[2\] is NaN"),
     (lambda: trees().update_many([0, 20], np.ones((2, 3))), IndexError, r"js must be in 0..19, got 20"),
     (lambda: trees().update_many([-1], np.ones((1, 3))), IndexError, r"js must be in 0..19, got -1"),
     (lambda: trees().update_many([3, 5, 3], np.ones((3, 3))), ValueError, r"js must be distinct, but 3 occurs 2 times"),
@@ -1625,8 +2300,8 @@ BAD_INPUT = [
         r"indices must name a neuron at most once",
     ),
     (lambda: jacobian().matvec(np.ones(3)), ValueError, r"dimension mismatch"),
-    (lambda: jacobian().matvec(np.ones(12) * 1j), TypeError, r"u must be real, got complex numbers"),
-    (lambda: jacobian().rmatvec(np.full(5, np.nan)), ValueError, r"v must be finite, but v\[0\] is nan"),
+    (lambda: jacobian().matvec(np.ones(12) * 1j), ValueError, r"Complex data not supported: u must be real"),
+    (lambda: jacobian().rmatvec(np.full(5, np.nan)), ValueError, r"v must be finite, but v\[0\] is NaN"),
     (lambda: jacobian().gram_times(np.ones(3)), ValueError, r"v must have 5 entries"),
     (lambda: jacobian().gram_times(np.ones((5, 2))), ValueError, r"v must have 1 dimension"),
     # sketches
@@ -1638,7 +2313,7 @@ BAD_INPUT = [
     (lambda: default_shift(0), ValueError, r"width must be at least 1, got 0"),
     (lambda: default_shift(10, alpha=1.5), ValueError, r"alpha must be a finite number in \[0, 1\), got 1.5"),
     (lambda: separability([1.0, 2.0]), ValueError, r"X must have 2 dimension\(s\), got shape \(2,\)"),
-    (lambda: separability(NAN), ValueError, r"X must be finite, but X\[1, 0\] is nan"),
+    (lambda: separability(NAN), ValueError, r"X must be finite, but X\[1, 0\] is NaN"),
     (lambda: shifted_ntk(3 * X5, 0.5), ValueError, r"rows of X must have length 1, but row \d has length 3"),
     (lambda: shifted_ntk(X5, np.inf), ValueError, r"shift must be finite, got inf"),
     (lambda: shifted_ntk(X5, None), TypeError, r"shift must be a number, got None"),
