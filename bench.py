@@ -623,17 +623,20 @@ def tune(peer, problem, cap):
     return runs, best["options"]
 
 
-def measure_case(problem, best, cap, tune_cap, progress):
-    """Runs of every peer, with one of ours after each. `best` holds tuned options, and receives those tuned here."""
+def measure_case(problem, rates, cap, tune_cap, progress):
+    """Tunes and runs every peer, with a run of ours after each. `rates` holds those already tuned, and receives new ones."""
     runs, tuning = {}, {}
     for name, peer in PEERS.items():
         if name.startswith("torch") and not has_torch():
             continue
-        if name not in best:
-            tuning[name], best[name] = tune(peer, problem, tune_cap)
+        options = rates.get(name)
+        if options is None:
+            tuning[name], options = tune(peer, problem, tune_cap)
+        if peer.grid is RATES:
+            rates[name] = options
         runs[name] = []
         while len(runs[name]) < 3 and sum(run["seconds"][-1] for run in runs[name]) < cap / 4:
-            runs[name].append(run_peer(peer, problem, best[name], cap))
+            runs[name].append(run_peer(peer, problem, options, cap))
         runs["ours"].append(run_peer(PEERS["ours"], problem, {}, cap))
         progress.add(1, f"n = {len(problem.X)}, width = {len(problem.W)}: {name}")
     n, d = problem.trainer._X.shape
@@ -657,13 +660,13 @@ def measure_peers(quick):
     begin = time.perf_counter()
     keep_freed_memory()
     n, d, widths, digits_width = (16, 16, (1 << 10, 1 << 11), 1 << 10) if quick else (64, 32, (1 << 16, 1 << 18), 1 << 14)
-    limits = {"cap": 0.5, "tune_cap": 0.2} if quick else {"cap": 30.0, "tune_cap": 6.0}
+    limits = {"cap": 0.5, "tune_cap": 0.2} if quick else {"cap": 30.0, "tune_cap": 5.0}
     progress = Progress(len([name for name in PEERS if has_torch() or not name.startswith("torch")]) * (len(widths) + 1))
     random, digits = random_unit_data(n, d), digits_split(300 if quick else None)
-    best, cases = {}, {}
+    rates, cases = {}, {}
     for width in widths:
         problem = Problem.of(*random, width=width, normalize=None, damping=0.0)
-        cases[f"random, m = 2^{int(np.log2(width))}"] = measure_case(problem, best, **limits, progress=progress)
+        cases[f"random, m = 2^{int(np.log2(width))}"] = measure_case(problem, rates, **limits, progress=progress)
     problem = Problem.of(*digits, width=digits_width, shift=1.0, normalize="lift", damping=DIGITS_DAMPING)
     cases[f"digits, m = 2^{int(np.log2(digits_width))}"] = measure_case(problem, {}, **limits, progress=progress)
     versions = {"torch": None}
@@ -969,7 +972,7 @@ def draw_peers(data, path):
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("seconds")
-        axis.set_title(f"{case}, n = {content['n']}")
+        axis.set_title(f"{case.split(',')[0]}: n = {content['n']}, m = {power_label(content['width'])}")
     axes[0].set_ylim(floor / 2, 3.0)
     axes[0].set_ylabel(f"relative residual |f - y| / |y|, or {floor:.0e} if less")
     handles, labels = axes[0].get_legend_handles_labels()
