@@ -3,6 +3,7 @@
     python bench.py               everything, at most 6 minutes on two cores
     python bench.py --quick       a small version of it, under a minute
     python bench.py --plot-only   draws the figures again from the JSON files
+    python bench.py peers         other ways to train the network, at most 12 minutes; takes both options too
 
 Every figure has a JSON beside it with the samples and the environment, and is drawn from it alone.
 The methods are compared before they are timed; then they take turns, so that a change in the machine's speed meets all of
@@ -10,6 +11,8 @@ them alike. A figure of a step is the mean over the steps of a run, the median o
 """
 
 import argparse
+import ctypes
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +21,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +31,7 @@ from typing import NamedTuple
 import matplotlib
 import numba
 import numpy as np
+import scipy.linalg
 
 import sublin
 
@@ -132,18 +139,23 @@ def check_agreement(X, y, width, methods=tuple(METHODS), **options):
             raise SystemExit(f"{name} and dense disagree at width {width}: residuals {found} and {expected}")
 
 
-def plain_numpy_step(X, y, W, signs, shift):
-    """One Gauss-Newton step as one would write it in NumPy, all dense, in float32; returns the new weights."""
+def plain_numpy_outputs(X, W, signs, shift):
+    """Outputs (n,) of the network as one would write them in NumPy, all dense, and the hidden layer (n, m) behind them."""
+    hidden = X @ W.T
+    hidden -= X.dtype.type(shift)
+    np.maximum(hidden, 0, out=hidden)
+    return hidden @ signs / np.sqrt(len(W)), hidden
+
+
+def plain_numpy_step(X, y, W, signs, outputs, hidden, damping=0.0):
+    """One Gauss-Newton step from there, the solve in float64; returns the new weights."""
     m = len(W)
-    excess = X @ W.T
-    excess -= np.float32(shift)
-    np.maximum(excess, 0, out=excess)
-    outputs = excess @ signs / np.sqrt(m)
-    active = (excess > 0).astype(np.float32)
+    active = (hidden > 0).astype(X.dtype)
     gram = (X @ X.T) * (active @ active.T) / m
-    step = np.linalg.solve(gram.astype(float), (outputs - y).astype(float)).astype(np.float32)
+    gram[np.diag_indices_from(gram)] += X.dtype.type(damping)
+    step = np.linalg.solve(gram.astype(float), (outputs - y).astype(float)).astype(X.dtype)
     active *= step[:, None]
-    active *= signs / np.float32(np.sqrt(m))
+    active *= signs / X.dtype.type(np.sqrt(m))
     return W - active.T @ X
 
 
@@ -158,7 +170,8 @@ class NumpySteps:
 
     def time(self):
         begin = time.perf_counter()
-        plain_numpy_step(self.X, self.y, self.W, self.signs, self.shift)
+        outputs, hidden = plain_numpy_outputs(self.X, self.W, self.signs, self.shift)
+        plain_numpy_step(self.X, self.y, self.W, self.signs, outputs, hidden)
         middle = time.perf_counter()
         np.matmul(self.X, self.W.T, out=self.products)
         return {"numpy": middle - begin, "matrix product": time.perf_counter() - middle}
@@ -337,6 +350,347 @@ def measure_digits(quick):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Peers
+# ----------------------------------------------------------------------------------------------------------------------
+
+TARGETS = (1e-3, 1e-6)  # relative residuals
+# Damping of the trainer on digits, searches "lazy" and "dense" alike; plain NumPy has its own, tuned.
+DIGITS_DAMPING = 1e-4
+
+
+class Problem(NamedTuple):
+    """Data for every peer: as the trainer takes them, and as the unit rows and scaled targets that it trains on."""
+
+    X: np.ndarray
+    y: np.ndarray
+    held_out_X: np.ndarray | None
+    held_out_y: np.ndarray | None
+    options: dict  # of the trainer
+    trainer: sublin.SublinearTrainer  # not trained: holds the starting network
+    W: np.ndarray  # its weights
+
+    @classmethod
+    def of(cls, X, y, held_out_X=None, held_out_y=None, **options):
+        options = {"random_state": 0, "tol": TARGETS[-1], **options}
+        trainer = sublin.SublinearTrainer(**{**options, "max_iter": 0}).fit(X, y)
+        return cls(X, y, held_out_X, held_out_y, options, trainer, trainer.weights())
+
+    def arrays(self, dtype):
+        """Unit rows (n, d), targets (n,), starting weights (m, d) and output signs (m,) in a precision."""
+        rows, targets = self.trainer._X, self.trainer._scales.targets(self.y)
+        return tuple(np.array(array, dtype) for array in (rows, targets, self.W, self.trainer.signs_))
+
+    def held_out_rows(self, dtype=np.float64):
+        return self.trainer._scales.unit_rows(self.held_out_X).astype(dtype)
+
+    def unscaled(self, outputs):
+        """Outputs in the units of y."""
+        scales = self.trainer._scales
+        return np.asarray(outputs, float) * scales.y_scale + scales.y_mean
+
+
+class Enough(Exception):
+    """Stops a run that reached the last target, diverged or used up its time."""
+
+
+class Curve:
+    """Residuals of a run at the seconds at which they became known."""
+
+    def __init__(self, cap):
+        self.cap, self.seconds, self.residuals = cap, [], []
+        self.begin = time.perf_counter()
+
+    def add(self, residual):
+        self.seconds.append(time.perf_counter() - self.begin)
+        self.residuals.append(float(residual))
+        if residual <= TARGETS[-1] or not np.isfinite(residual) or self.seconds[-1] > self.cap:
+            raise Enough
+
+
+def time_to(target, seconds, residuals):
+    """Seconds to the first residual that is at the target or below; None if there is none."""
+    return next((second for second, residual in zip(seconds, residuals, strict=True) if residual <= target), None)
+
+
+# A peer is a function of the problem and of what is tuned. It returns two more: train(log), which calls log with the
+# relative residual whenever the method itself has computed it, so that nothing is computed for the curve alone; and
+# predict(), outputs at the held-out rows in the units of y.
+
+
+def sublin_peer(search, problem):
+    """SublinearTrainer on the data as they are: scaling and drawing the weights count."""
+    trainer = sublin.SublinearTrainer(search=search, **problem.options)
+
+    def train(log):
+        trainer.set_params(callback=lambda record: log(record["residual"])).fit(problem.X, problem.y)
+
+    return train, lambda: trainer.predict(problem.held_out_X)
+
+
+def numpy_peer(problem, damping, serial=False, dtype="float32"):
+    """Dense Gauss-Newton in plain NumPy. `serial` keeps its BLAS on one thread, which is better off on busy cores."""
+    X, y, W, signs = problem.arrays(dtype)
+    shift = problem.trainer.shift_
+
+    def train(log):
+        nonlocal W
+        with sublin._serial_blas() if serial else nullcontext():
+            while True:
+                outputs, hidden = plain_numpy_outputs(X, W, signs, shift)
+                log(np.linalg.norm(outputs - y) / np.linalg.norm(y))
+                W = plain_numpy_step(X, y, W, signs, outputs, hidden, damping)
+
+    return train, lambda: problem.unscaled(plain_numpy_outputs(problem.held_out_rows(dtype), W, signs, shift)[0])
+
+
+def sklearn_peer(problem, solver, target_scale=1.0, rate=1.0, dtype="float32"):
+    """MLPRegressor of the same width. It has a ReLU without threshold, trains both layers, and draws its own weights.
+
+    Targets may be scaled up because its "lbfgs" stops once the loss, half the mean square, falls by less than 2e-9.
+    """
+    from sklearn.neural_network import MLPRegressor
+
+    X, y, W, _ = problem.arrays(dtype)
+    y *= np.dtype(dtype).type(target_scale)
+
+    class Logged(MLPRegressor):
+        def _backprop(self, *arguments):
+            found = super()._backprop(*arguments)
+            self.log(np.sqrt(2 * len(y) * found[0]) / np.linalg.norm(y))
+            return found
+
+    endless = {"tol": 0.0, "max_iter": 1 << 30, "max_fun": 1 << 30, "n_iter_no_change": 1 << 30, "warm_start": True}
+    batch = {"alpha": 0.0, "batch_size": len(X), "shuffle": False, "random_state": 0}
+    model = Logged(hidden_layer_sizes=(len(W),), solver=solver, learning_rate_init=rate / len(W) ** 0.5, **endless, **batch)
+
+    def train(log):
+        model.log = log
+        while True:  # "lbfgs" that stopped goes on from where it was
+            model.fit(X, y)
+
+    return train, lambda: problem.unscaled(model.predict(problem.held_out_rows(dtype)) / target_scale)
+
+
+def torch_peer(problem, make_optimizer, dtype="float32"):
+    """The same network and starting weights in PyTorch, all points in every step."""
+    import torch
+
+    X, y, W, signs = (torch.from_numpy(array) for array in problem.arrays(dtype))
+    W.requires_grad_()
+    output_weights = signs / len(W) ** 0.5
+    optimizer = make_optimizer(torch.optim, [W])
+
+    def outputs(rows):
+        return torch.relu(rows @ W.T - problem.trainer.shift_) @ output_weights
+
+    def train(log):
+        def loss():
+            optimizer.zero_grad()
+            error = outputs(X) - y
+            log(float(error.detach().norm() / y.norm()))
+            half_square = 0.5 * error.square().sum()
+            half_square.backward()
+            return half_square
+
+        while True:
+            optimizer.step(loss)
+
+    def predict():
+        with torch.no_grad():
+            return problem.unscaled(outputs(torch.from_numpy(problem.held_out_rows(dtype))).numpy())
+
+    return train, predict
+
+
+def torch_adam(problem, rate):
+    return torch_peer(problem, lambda optim, weights: optim.Adam(weights, lr=rate / len(problem.W) ** 0.5))
+
+
+def torch_lbfgs(problem, step_size, line_search):
+    def make(optim, weights):
+        # Without tolerances, which would end every call of step() early; its memory outlives the calls.
+        endless = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
+        return optim.LBFGS(weights, lr=step_size, line_search_fn=line_search, **endless)
+
+    return torch_peer(problem, make)
+
+
+def kernel_peer(problem):
+    """Kernel regression with the limit of the Gram matrix: what an infinitely wide network would come to."""
+    X, y, _, _ = problem.arrays(float)
+    dual = None
+
+    def train(log):
+        nonlocal dual
+        kernel = sublin.shifted_ntk(X, problem.trainer.shift_)
+        dual = scipy.linalg.solve(kernel, y, assume_a="pos")
+        log(np.linalg.norm(kernel @ dual - y) / np.linalg.norm(y))
+
+    def predict():
+        both = sublin.shifted_ntk(np.concatenate([X, problem.held_out_rows()]), problem.trainer.shift_)
+        return problem.unscaled(both[len(X) :, : len(X)] @ dual)
+
+    return train, predict
+
+
+class Peer(NamedTuple):
+    label: str
+    start: Callable
+    grid: tuple  # keyword arguments of `start` to choose from
+    colour: str  # of Okabe and Ito's palette
+    marker: str
+
+
+# Adam moves every weight by the step size at most, whatever m is, and the outputs by sqrt(m) times as much; hence rates in
+# units of m^(-1/2), which are tuned at one width and serve at another.
+RATES = tuple({"rate": rate} for rate in (0.25, 0.5, 1.0, 2.0, 4.0))
+PEERS = {
+    "ours": Peer("sublin", partial(sublin_peer, "lazy"), ({},), "#000000", "*"),
+    "dense": Peer('sublin, search="dense" (float64)', partial(sublin_peer, "dense"), ({},), "#D55E00", "s"),
+    "numpy": Peer(
+        "plain NumPy, dense Gauss-Newton (float32)",
+        numpy_peer,
+        tuple({"damping": damping, "serial": serial} for damping in (0.0, 1e-4) for serial in (False, True)),
+        "#E69F00",
+        "^",
+    ),
+    "torch lbfgs": Peer(
+        "PyTorch, LBFGS (float32)",
+        torch_lbfgs,
+        tuple({"step_size": size, "line_search": search} for size in (0.5, 1.0) for search in (None, "strong_wolfe")),
+        "#CC79A7",
+        "D",
+    ),
+    "torch adam": Peer("PyTorch, full-batch Adam (float32)", torch_adam, RATES, "#009E73", ""),
+    "sklearn lbfgs": Peer(
+        "MLPRegressor, lbfgs (float64) ¹",
+        partial(sklearn_peer, solver="lbfgs"),
+        ({"target_scale": 1.0}, {"target_scale": 100.0}),
+        "#0072B2",
+        "o",
+    ),
+    "sklearn adam": Peer(
+        "MLPRegressor, full-batch Adam (float32) ¹", partial(sklearn_peer, solver="adam"), RATES, "#56B4E9", ""
+    ),
+    "kernel": Peer("kernel regression, infinite width (float64)", kernel_peer, ({},), "#777777", "P"),
+}
+PEERS_NOTE = "¹ same width, its own ReLU without threshold and starting weights, both layers trained"
+
+
+def keep_freed_memory():
+    """Has glibc reuse what was freed rather than give it back, and pay for new pages in every step of the dense methods.
+
+    At n = 64, d = 32, m = 2^18, where an array of products takes 64 MB, a step of Adam then takes 0.3 s instead of 1.1 s.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def has_torch():
+    return importlib.util.find_spec("torch") is not None
+
+
+def run_peer(peer, problem, options, cap):
+    """Seconds and residuals of a run, and the share of held-out signs that it gets right in the end."""
+    train, predict = peer.start(problem, **options)
+    curve = Curve(cap)
+    with suppress(Enough), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(curve.add)
+    found = {"options": options, "seconds": curve.seconds, "residuals": curve.residuals}
+    if problem.held_out_X is not None:
+        found["accuracy"] = float(np.mean(np.sign(predict()) == problem.held_out_y))
+    return found
+
+
+def reached(run, target):
+    """Seconds of a run to the target, infinite if it did not get there."""
+    seconds = time_to(target, run["seconds"], run["residuals"])
+    return np.inf if seconds is None else seconds
+
+
+def tune(peer, problem, cap):
+    """A short run for each entry of the grid; the best is first at the last target, or at the one before, or closest.
+
+    No run goes on for longer than another took to the last target. It is the warm-up as well.
+    """
+    runs = []
+    for options in peer.grid:
+        runs.append(run_peer(peer, problem, options, min([cap, *(reached(run, TARGETS[-1]) for run in runs)])))
+    best = min(runs, key=lambda run: (*(reached(run, target) for target in TARGETS[::-1]), np.nanmin(run["residuals"])))
+    return runs, best["options"]
+
+
+def measure_case(problem, rates, cap, tune_cap, progress):
+    """Tunes and runs every peer, with a run of ours after each. `rates` holds those already tuned, and receives new ones."""
+    runs, tuning = {}, {}
+    for name, peer in PEERS.items():
+        if name.startswith("torch") and not has_torch():
+            continue
+        options = rates.get(name)
+        if options is None:
+            tuning[name], options = tune(peer, problem, tune_cap)
+        if peer.grid is RATES:
+            rates[name] = options
+        runs[name] = []
+        while len(runs[name]) < 3 and sum(run["seconds"][-1] for run in runs[name]) < cap / 4:
+            runs[name].append(run_peer(peer, problem, options, cap))
+        runs["ours"].append(run_peer(PEERS["ours"], problem, {}, cap))
+        progress.add(1, f"n = {len(problem.X)}, width = {len(problem.W)}: {name}")
+    n, d = problem.trainer._X.shape
+    size = {"n": n, "d": d, "width": len(problem.W), "shift": problem.trainer.shift_, "damping": problem.options["damping"]}
+    return {**size, "cap": cap, "tune_cap": tune_cap, "runs": runs, "tuning": tuning}
+
+
+def digits_split(rows=None):
+    """Digits, odd against even, in random order: X and y of the first 80 %, X and y of the rest."""
+    from sklearn.datasets import load_digits
+
+    X, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(X))[:rows]
+    X, y = X[order], np.where(labels[order] % 2, 1.0, -1.0)
+    train = 4 * len(X) // 5
+    return X[:train], y[:train], X[train:], y[train:]
+
+
+def measure_peers(quick):
+    """Random data at two widths, and digits: the content of peers.json."""
+    begin = time.perf_counter()
+    keep_freed_memory()
+    n, d, widths, digits_width = (16, 16, (1 << 10, 1 << 11), 1 << 10) if quick else (64, 32, (1 << 16, 1 << 18), 1 << 14)
+    limits = {"cap": 0.3, "tune_cap": 0.1} if quick else {"cap": 30.0, "tune_cap": 5.0}
+    progress = Progress(len([name for name in PEERS if has_torch() or not name.startswith("torch")]) * (len(widths) + 1))
+    random, digits = random_unit_data(n, d), digits_split(300 if quick else None)
+    rates, cases = {}, {}
+    for width in widths:
+        problem = Problem.of(*random, width=width, normalize=None, damping=0.0)
+        cases[f"random, m = 2^{int(np.log2(width))}"] = measure_case(problem, rates, **limits, progress=progress)
+    problem = Problem.of(*digits, width=digits_width, shift=1.0, normalize="lift", damping=DIGITS_DAMPING)
+    cases[f"digits, m = 2^{int(np.log2(digits_width))}"] = measure_case(problem, {}, **limits, progress=progress)
+    versions = {"torch": None}
+    if has_torch():
+        import torch
+
+        versions = {"torch": torch.__version__, "torch threads": torch.get_num_threads()}
+    return {
+        "environment": {**environment(), **versions},
+        "targets": TARGETS,
+        "grids": {name: peer.grid for name, peer in PEERS.items()},
+        "notes": [
+            "seconds are those at which a method had computed the residual, at trial points of line searches too",
+            "compiling and warming up are left out; malloc keeps freed memory, which spares the dense methods most",
+            "ours and dense draw their starting weights in that time; all others but MLPRegressor are given them before",
+            "rates of Adam are in units of m^(-1/2), tuned at the smaller width of the random data and used at both",
+            PEERS_NOTE,
+        ],
+        "cases": cases,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Drawing
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -411,6 +765,52 @@ def work_summary(data):
         "third / first": seconds[2] / seconds[0],
         "looked at / live": [record["looked_at"] / data["n_live"] for record in data["history"]],
     }
+
+
+def finite(number):
+    """The number, or None, which JSON has a word for, if it is infinite or NaN."""
+    return float(number) if np.isfinite(number) else None
+
+
+def peers_summary(data):
+    """Median seconds to each target and their ratio to ours, best residual, and held-out accuracy, of peers.json."""
+    found = {}
+    for case, content in data["cases"].items():
+        medians = {
+            name: np.median([[reached(run, target) for target in data["targets"]] for run in runs], axis=0)
+            for name, runs in content["runs"].items()
+        }
+        ours = np.where(np.isfinite(medians["ours"]), medians["ours"], np.nan)
+        found[case] = {
+            name: {
+                "seconds": [finite(seconds) for seconds in medians[name]],
+                "ratios": [finite(ratio) for ratio in medians[name] / ours],
+                "residual": min(np.nanmin(run["residuals"]) for run in runs),
+                "accuracy": runs[0].get("accuracy"),
+            }
+            for name, runs in content["runs"].items()
+        }
+    return found
+
+
+def peers_table(data):
+    """The summary as a Markdown table: time of a peer over ours."""
+    cases = data["summary"]
+    goals = [(case, k) for case in cases for k in range(len(data["targets"]))]
+    header = ["time / ours", *(f"{case}: {data['targets'][k]:.0e}" for case, k in goals), "held-out accuracy"]
+    lines = [header, ["---"] * len(header)]
+
+    def cell(name, case, k):
+        found, cap = cases[case][name], data["cases"][case]["cap"]
+        if found["seconds"][k] is None:
+            return f"not within {cap:g} s ({found['residual']:.0e})"
+        return "ours did not" if found["ratios"][k] is None else f"{found['ratios'][k]:.2g}"
+
+    for name in next(iter(cases.values())):
+        accuracies = [case[name]["accuracy"] for case in cases.values() if case[name]["accuracy"] is not None]
+        row = [PEERS[name].label, *(cell(name, case, k) for case, k in goals)]
+        lines.append([*row, *(f"{100 * accuracy:.1f} %" for accuracy in accuracies)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{PEERS_NOTE}"
 
 
 def style():
@@ -553,6 +953,34 @@ def draw_digits(data, path):
     plt.close(figure)
 
 
+def draw_peers(data, path):
+    """Residual against seconds: the widest random network, and digits."""
+    floor = 3e-8  # some end at rounding, where there is nothing to compare
+    figure, axes = plt.subplots(1, 2, figsize=(11, 6.4), layout="constrained", sharey=True)
+    for axis, case in zip(axes, list(data["cases"])[1:], strict=True):
+        content = data["cases"][case]
+        for name, runs in content["runs"].items():
+            label, _, _, colour, marker = PEERS[name]
+            run = sorted(runs, key=lambda run: run["seconds"][-1])[len(runs) // 2]
+            residuals = np.maximum(run["residuals"], floor)
+            size = 13 if name in ("ours", "kernel") else 6
+            apart = max(1, len(residuals) // 12)
+            line = {"color": colour, "marker": marker, "markersize": size, "markevery": apart, "linewidth": 2}
+            axis.plot(run["seconds"], residuals, label=label, **line)
+        for target in data["targets"]:
+            axis.axhline(target, color="#777777", linestyle=":", linewidth=1.5, zorder=1)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("seconds")
+        axis.set_title(f"{case.split(',')[0]}: n = {content['n']}, m = {power_label(content['width'])}")
+    axes[0].set_ylim(floor / 2, 3.0)
+    axes[0].set_ylabel(f"relative residual |f - y| / |y|, or {floor:.0e} if less")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=11)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def write(name, data):
     PLOTS.mkdir(exist_ok=True)
     (PLOTS / f"{name}.json").write_text(json.dumps(data, indent=1, default=float))
@@ -578,12 +1006,30 @@ def draw_all(suffix):
     print(f"measured in {scaling['seconds'] + found['digits']['seconds']:.0f} s")
 
 
+def report_peers(suffix):
+    """Draws the figure of the peers, and prints the table that the README quotes."""
+    style()
+    found = read("peers" + suffix)
+    draw_peers(found, PLOTS / f"peers{suffix}.png")
+    print(peers_table(found))
+    if found["environment"]["torch"] is None:
+        print("PyTorch is not installed, and its rows are left out")
+    print(f"measured in {found['seconds']:.0f} s")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("scaling", "peers"), default="scaling", help="what to measure")
     parser.add_argument("--quick", action="store_true", help="a small version, to see that all works")
     parser.add_argument("--plot-only", action="store_true", help="draw the figures again from the JSON files")
     arguments = parser.parse_args()
     suffix = "-quick" if arguments.quick else ""  # never overwrites the real figures
+    if arguments.what == "peers":
+        if not arguments.plot_only:
+            peers = measure_peers(arguments.quick)
+            write("peers" + suffix, {**peers, "summary": peers_summary(peers)})
+        report_peers(suffix)
+        return
     if not arguments.plot_only:
         scaling = measure_scaling(arguments.quick)
         write("scaling" + suffix, scaling)

@@ -37,6 +37,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+import bench
 import sublin
 from sublin import (
     MaxTrees,
@@ -2355,6 +2356,136 @@ def test_refused_updates_leave_the_trees_as_they_were():
             held.update_many(js, W_new)
     np.testing.assert_array_equal(held.W, np.ones((20, 3)))
     held.check()
+
+
+# ======================================================================================================================
+# Peers of the benchmark
+# ======================================================================================================================
+
+
+@pytest.fixture
+def peers_problem():
+    """A small problem whose held-out points are those of the training, so that predictions have residuals."""
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((6, 4)), rng.standard_normal(6) + 2.0
+    return bench.Problem.of(X, y, X, y, width=64, shift=0.5, damping=1e-3)
+
+
+def logged_residuals(train, steps):
+    """The first residuals that a peer logs."""
+    residuals = []
+
+    def log(residual):
+        residuals.append(residual)
+        if len(residuals) == steps:
+            raise bench.Enough
+
+    with pytest.raises(bench.Enough):
+        train(log)
+    return residuals
+
+
+def skip_without_torch(name):
+    if name.startswith("torch"):
+        pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("name", bench.PEERS)
+def test_a_peer_logs_the_residual_of_its_predictions(name, peers_problem):
+    skip_without_torch(name)
+    y = peers_problem.y
+    for options in bench.PEERS[name].grid:
+        train, predict = bench.PEERS[name].start(peers_problem, **options)
+        residual = logged_residuals(train, 1 if name == "kernel" else 3)[-1]
+        expected = np.linalg.norm(predict() - y) / np.linalg.norm(y - y.mean())
+        np.testing.assert_allclose(residual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_plain_numpy_takes_the_steps_of_the_trainer(peers_problem):
+    train, _ = bench.numpy_peer(peers_problem, damping=1e-3, dtype="float64")
+    trainer = SublinearTrainer(**{**peers_problem.options, "tol": 0.0, "max_iter": 3}, search="dense")
+    with pytest.warns(RuntimeWarning, match="is above tol"):
+        trainer.fit(peers_problem.X, peers_problem.y)
+    expected = [record["residual"] for record in trainer.history_]
+    np.testing.assert_allclose(logged_residuals(train, 4), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["adam", "lbfgs"])
+def test_the_first_step_in_pytorch_is_that_in_numpy(method, peers_problem):
+    pytest.importorskip("torch")
+    X, y, W, signs = peers_problem.arrays(np.float64)
+    products = X @ W.T - peers_problem.trainer.shift_
+    error = np.maximum(products, 0) @ signs / 8.0 - y
+    gradient = (error[:, None] * (products > 0) * signs / 8.0).T @ X
+    if method == "adam":
+        train, _ = bench.torch_adam(peers_problem, rate=0.5)
+        W = W - 0.5 / 8.0 * gradient / (np.abs(gradient) + 1e-8)  # mean and variance of one gradient
+    else:
+        train, _ = bench.torch_lbfgs(peers_problem, step_size=0.5, line_search=None)
+        W = W - 0.5 * min(1.0, 1.0 / np.abs(gradient).sum()) * gradient
+    moved = np.maximum(X @ W.T - peers_problem.trainer.shift_, 0) @ signs / 8.0 - y
+    expected = np.linalg.norm([error, moved], axis=1) / np.linalg.norm(y)
+    np.testing.assert_allclose(logged_residuals(train, 2), expected, rtol=1e-5)
+
+
+def test_kernel_regression_at_new_points():
+    rng = np.random.default_rng(1)
+    X, y, new = rng.standard_normal((8, 3)), rng.standard_normal(8), rng.standard_normal((5, 3))
+    problem = bench.Problem.of(X, y, new, np.ones(5), width=64, shift=0.5, normalize="rows")
+    train, predict = bench.kernel_peer(problem)
+    logged_residuals(train, 1)
+    rows = np.concatenate([X, new]) - X.mean(axis=0)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    kernel = shifted_ntk(rows, 0.5)
+    expected = kernel[8:, :8] @ np.linalg.solve(kernel[:8, :8], y - y.mean()) + y.mean()
+    np.testing.assert_allclose(predict(), expected, rtol=1e-8)
+
+
+def test_time_to_a_target():
+    seconds, residuals = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 1e-2, 1e-3, 5e-3, 1e-4]
+    assert bench.time_to(1e-3, seconds, residuals) == 3.0
+    assert bench.time_to(0.5, seconds, residuals) == 2.0
+    assert bench.time_to(1e-6, seconds, residuals) is None
+    assert bench.time_to(1e-6, [1.0, 2.0], [1.0, np.nan]) is None
+
+
+def made_up_peer(curves):
+    """A peer that logs one of the given residual curves at once, then has no more to say."""
+    grid = tuple({"k": k} for k in range(len(curves)))
+    return bench.Peer("made up", lambda problem, k: (lambda log: [log(r) for r in curves[k]], None), grid, "", "")
+
+
+@pytest.mark.parametrize(
+    ("curves", "best"),
+    [
+        ([[1.0, 0.3], [1.0, 0.2], [1.0, np.nan]], 1),  # none reaches a target: the closest
+        ([[1.0, 2e-3], [1.0, 9e-4], [1.0, np.inf]], 1),
+        ([[1.0, 1e-4], [1.0, 0.5, 1e-7], [1.0, 1e-5]], 1),  # the last target counts first
+    ],
+)
+def test_tuning_takes_the_entry_that_gets_there(curves, best, peers_problem):
+    runs, options = bench.tune(made_up_peer(curves), peers_problem._replace(held_out_X=None), cap=1.0)
+    assert len(runs) == len(curves)
+    assert options == {"k": best}
+
+
+def test_a_run_ends_at_the_last_target_and_at_its_cap():
+    for cap, residuals in ((100.0, [1.0, 1e-6]), (100.0, [1.0, np.nan]), (0.0, [1.0])):
+        curve = bench.Curve(cap)
+        with pytest.raises(bench.Enough):
+            for residual in [*residuals, 0.5]:
+                curve.add(residual)
+        np.testing.assert_array_equal(curve.residuals, residuals)
+
+
+def test_the_table_of_peers_names_targets_that_were_missed():
+    ours = [{"seconds": [1.0, 2.0, 4.0], "residuals": [1.0, 1e-3, 1e-7], "accuracy": 0.75}] * 3
+    theirs = [{"seconds": [1.0, 9.0, 30.0], "residuals": [1.0, 5e-4, 2e-4], "accuracy": 0.5}]
+    data = {"targets": [1e-3, 1e-6], "cases": {"random": {"cap": 30.0, "runs": {"ours": ours, "torch adam": theirs}}}}
+    data["summary"] = bench.peers_summary(data)
+    table = bench.peers_table(data)
+    assert "| sublin | 1 | 1 | 75.0 % |" in table
+    assert "(float32) | 4.5 | not within 30 s (2e-04) | 50.0 % |" in table
 
 
 # ======================================================================================================================
