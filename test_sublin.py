@@ -32,8 +32,10 @@ from sublin import (
     SublinearTrainer,
     default_shift,
     gaussian_sketch,
+    ntk_eigenvalue_bounds,
     separability,
     shifted_ntk,
+    smallest_ntk_eigenvalue,
     sparse_sign_sketch,
     srht_sketch,
 )
@@ -1441,6 +1443,24 @@ def test_shifted_ntk_is_the_mean_gram_matrix_of_wide_networks():
     np.testing.assert_allclose(sparse_jacobian(X, active > 0, signs).gram(), G, atol=1e-13)
 
 
+@core
+@pytest.mark.parametrize("shift", [-0.8, 0.0, 1.5])
+def test_smallest_ntk_eigenvalue_of_orthogonal_coinciding_and_close_points(shift):
+    assert smallest_ntk_eigenvalue(np.eye(4), shift) == pytest.approx(norm.sf(shift), rel=1e-13)
+    assert abs(smallest_ntk_eigenvalue(np.ones((3, 1)), shift)) < 1e-14
+    close = np.array([[1.0, 0.0], [np.cos(0.1), np.sin(0.1)]])
+    both = multivariate_normal.cdf([-shift, -shift], cov=[[1, np.cos(0.1)], [np.cos(0.1), 1]])
+    assert smallest_ntk_eigenvalue(close, shift) == pytest.approx(norm.sf(shift) - np.cos(0.1) * both, abs=1e-6)
+
+
+@core
+def test_ntk_eigenvalue_bounds_are_those_of_theorem_2_13():
+    low, high = ntk_eigenvalue_bounds(np.eye(5), 1.2)
+    assert high == pytest.approx(np.exp(-0.72))
+    assert low == pytest.approx(np.exp(-0.72) * np.sqrt(2) / 2500)
+    assert ntk_eigenvalue_bounds([[1.0, 0.0], [-1.0, 0.0]], 0.0) == (0.0, 1.0)
+
+
 # ======================================================================================================================
 # Bad input
 # ======================================================================================================================
@@ -1642,6 +1662,14 @@ BAD_INPUT = [
     (lambda: shifted_ntk(3 * X5, 0.5), ValueError, r"rows of X must have length 1, but row \d has length 3"),
     (lambda: shifted_ntk(X5, np.inf), ValueError, r"shift must be finite, got inf"),
     (lambda: shifted_ntk(X5, None), TypeError, r"shift must be a number, got None"),
+    (lambda: smallest_ntk_eigenvalue(X5[0], 0.5), ValueError, r"X must have 2 dimension\(s\), got shape \(3,\)"),
+    (lambda: smallest_ntk_eigenvalue(3 * X5, 0.5), ValueError, r"rows of X must have length 1, but row \d has length 3"),
+    (lambda: smallest_ntk_eigenvalue(X5, "b"), TypeError, r"shift must be a number, got 'b'"),
+    (lambda: ntk_eigenvalue_bounds(NAN, 0.5), ValueError, r"X must be finite, but X\[1, 0\] is nan"),
+    (lambda: ntk_eigenvalue_bounds(3 * X5, 0.5), ValueError, r"rows of X must have length 1, but row \d has length 3"),
+    (lambda: ntk_eigenvalue_bounds(X5, -0.5), ValueError, r"shift must be a finite number in \[0, inf\), got -0.5"),
+    (lambda: ntk_eigenvalue_bounds(X5, np.nan), ValueError, r"shift must be a finite number in \[0, inf\), got nan"),
+    (lambda: ntk_eigenvalue_bounds(X5[:1], 0.5), ValueError, r"X must have at least 2 rows for a separability, got 1"),
 ]
 
 
