@@ -975,7 +975,7 @@ def measure_rest(quick, seeds):
 
     train("tree", *random_unit_data(8, 8), 1 << 12, init="gaussian")  # compiles
     return {
-        "costs": grid(cost, seed=seeds, width=powers(10, 12) if quick else powers(12, 20), method=("tree", "lazy")),
+        "costs": grid(cost, seed=seeds, width=powers(10, 14) if quick else powers(12, 20), method=("tree", "lazy")),
         "trees": grid(touches, n=[16], width=powers(8, 12) if quick else powers(8, 18), seed=seeds),
         "norms": grid(norms, width=powers(8, 12) if quick else powers(8, 18), seed=seeds),
         "paths": grid(path, n=[32], width=powers(10, 12) if quick else powers(10, 18), seed=seeds, threshold=(1.0, "auto")),
@@ -1007,7 +1007,7 @@ def measure_claims(suffix):
         print(f"{seconds[name]:.0f} s", file=sys.stderr)
         if name != "rest":
             write(name + suffix, {"environment": environment(), **found[name]})
-    claims = [claim._asdict() for judge in JUDGES for claim in judge(found)]
+    claims = [{**claim._asdict(), "holds": bool(claim.holds)} for judge in JUDGES for claim in judge(found)]
     write("claims" + suffix, {"environment": environment(), "seconds": seconds, "claims": claims, "samples": found["rest"]})
 
 
@@ -1062,7 +1062,7 @@ def power_text(width):
 
 def listed(values):
     """Least widths by case, as text."""
-    return ", ".join(f"{case}: {'none' if width is None else power_text(width)}" for case, width in values.items())
+    return ", ".join(f"{'no width' if width is None else power_text(width)} at {case}" for case, width in values.items())
 
 
 def judge_contraction(found):
