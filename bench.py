@@ -773,17 +773,19 @@ def retrace(X, y, width, seed, **options):
 
 
 def timed_run(X, y, width, seed, tol, **options):
-    """Seconds to the tolerance with and without initialisation, steps, share of active pairs; None if it is not reached."""
+    """Share of active pairs at the start, steps, worst ratio of residuals, seconds with and without initialisation."""
     try:
         run = paper_run(X, y, width, seed, tol=tol, **options)
     except np.linalg.LinAlgError:
         return {"converged": False}
     steps = run.history_[1:]
     training = sum(step["seconds"] for step in steps)
+    ratios = [later["residual"] / earlier["residual"] for earlier, later in pairwise(run.history_)]
     return {
         "converged": run.converged_,
         "active": run.history_[0]["active"] / width,
         "steps": len(steps),
+        "worst": max(ratios, default=0.0),
         "seconds": run.init_seconds_ + training,
         "training": training,
     }
@@ -1057,11 +1059,11 @@ def slopes(samples, value, least=0):
     return found
 
 
-def least_width(samples, good):
-    """Least width from which on all samples are good, None if the widest are not."""
-    bad = [sample["width"] for sample in samples if not good(sample)]
-    wide = [sample["width"] for sample in samples if not bad or sample["width"] > max(bad)]
-    return min(wide, default=None)
+def least(samples, key, good):
+    """Least value of a key from which on all samples are good, None if those of the greatest are not."""
+    bad = [sample[key] for sample in samples if not good(sample)]
+    beyond = [sample[key] for sample in samples if not bad or sample[key] > max(bad)]
+    return min(beyond, default=None)
 
 
 def power_text(width):
@@ -1080,7 +1082,7 @@ def listed(values):
 def judge_contraction(found):
     data = found["contraction"]
     reached = [cell for cell in data["regime"] if "ratios" in cell]
-    worst = [max(cell["ratios"]) for cell in reached]
+    worst = [max(cell["ratios"], default=np.inf) for cell in reached]
     needed = ", ".join(f"10^{np.log10(width):.0f} for n = {n}" for n, width in data["needed"].items())
     yield Claim(
         "each step at least halves the residual, at the widths of the theorem",
@@ -1091,8 +1093,8 @@ def judge_contraction(found):
         f"out of reach at the default b: with that of m = 2^18 already, {needed}",
     )
     cells = data["cells"]
-    first = {f"n = {n}": least_width(where(cells, n=n), halves) for n in distinct(cells, "n")}
-    d_first = {f"d = {d}": least_width(where(data["dimensions"], d=d), halves) for d in distinct(data["dimensions"], "d")}
+    first = {f"n = {n}": least(where(cells, n=n), "width", halves) for n in distinct(cells, "n")}
+    d_first = {f"d = {d}": least(where(data["dimensions"], d=d), "width", halves) for d in distinct(data["dimensions"], "d")}
     good = [max(cell["ratios"]) for cell in cells if halves(cell)]
     ends = ", ".join(f"{sum(cell['end'] == end for cell in cells)} {end}" for end in ("converged", "stuck", "singular"))
     yield Claim(
@@ -1142,6 +1144,7 @@ def judge_costs(found):
 def judge_sparsity(found):
     counts, unions = found["sparsity"]["counts"], found["sparsity"]["unions"]
     default = where(counts, alpha=0.04)
+    widest = max(distinct(default, "width"))
     largest = [sample["largest"] / sample["width"] ** POWER for sample in default]
     exact = [sample["mean"] / (sample["width"] * normal_tail(sample["shift"])) for sample in default]
     yield Claim(
@@ -1150,7 +1153,8 @@ def judge_sparsity(found):
         "max |Q_i| / m^0.76 at most 2",
         spread(largest),
         max(largest) <= 2,
-        f"the exact mean is m P(Z >= b): measured / exact {spread(exact)}",
+        f"the exact mean is m P(Z >= b): measured / exact {spread(exact)}; at m = {power_text(widest)} J has "
+        f"{100 * np.median([sample['mean'] / widest for sample in where(default, width=widest)]):.2g} % nonzeros",
     )
     exponents, constants, fits = {}, [], True
     for alpha in distinct(counts, "alpha"):
@@ -1239,10 +1243,7 @@ def judge_sketches(found):
     ):
         samples = where(data["distortions"], kind=kind)
         needed = {
-            sketch: least_width(
-                [{**sample, "width": sample["ratio"]} for sample in where(samples, sketch=sketch)],
-                lambda sample: sample["value"] <= 0.1,
-            )
+            sketch: least(where(samples, sketch=sketch), "ratio", lambda sample: sample["value"] <= 0.1)
             for sketch in distinct(samples, "sketch")
         }
         widest = [sample["value"] for sample in samples if sample["ratio"] == max(distinct(samples, "ratio"))]
@@ -1261,9 +1262,7 @@ def judge_sketches(found):
         counts, inner = where(data["counts"], solver=solver), where(data["inner"], solver=solver)
         found_counts = [sample for sample in counts if sample["value"] is not None]
         limits = [(np.log(6) + sample["log"]) / np.log(1 / 0.9) for sample in found_counts]
-        works = least_width(
-            [{**sample, "width": sample["ratio"]} for sample in inner], lambda sample: sample["value"] is not None
-        )
+        works = least(inner, "ratio", lambda sample: sample["value"] is not None)
         by_size = {
             ratio: np.median([sample["value"] for sample in where(inner, ratio=ratio)])
             for ratio in distinct(inner, "ratio")
@@ -1289,8 +1288,8 @@ def judge_ntk(found):
     wide = [sample for sample in everything if sample["width"] >= n * np.log(n / FAILURE) / sample["kernel"]]
     shares = [sample["smallest"] / sample["kernel"] for sample in wide]
     first = {
-        f"b = {shift}": least_width(
-            where(data["grams"], shift=shift), lambda sample: sample["smallest"] >= 0.75 * sample["kernel"]
+        f"b = {shift}": least(
+            where(data["grams"], shift=shift), "width", lambda sample: sample["smallest"] >= 0.75 * sample["kernel"]
         )
         for shift in distinct(data["grams"], "shift")
     }
@@ -1382,7 +1381,7 @@ def judge_bound(claim, where_in_paper, samples):
 
 def judge_path(samples, n, label):
     changes = [sample["gram change"] / sample["kernel"] for sample in samples]
-    reach = least_width(samples, lambda sample: sample["gram change"] <= sample["kernel"] / 2)
+    reach = least(samples, "width", lambda sample: sample["gram change"] <= sample["kernel"] / 2)
     widest = samples[-1]["width"]
     yield Claim(
         f"|G_t - G_0|_F at most lambda / 2 along training, {label}",
@@ -1394,7 +1393,7 @@ def judge_path(samples, n, label):
         + spread([sample["gram change"] / sample["kernel"] for sample in where(samples, width=widest)]),
     )
     smallest = [sample["gram smallest"] / sample["kernel"] for sample in samples]
-    reach = least_width(samples, lambda sample: sample["gram smallest"] >= sample["kernel"] / 2)
+    reach = least(samples, "width", lambda sample: sample["gram smallest"] >= sample["kernel"] / 2)
     yield Claim(
         f"the smallest eigenvalue of G_t stays above lambda / 2, {label}",
         "Lemma 4.3",
@@ -1430,7 +1429,7 @@ def judge_path(samples, n, label):
     )
 
 
-def judge_rest(found):
+def judge_descent(found):
     samples = found["rest"]["descent"]
 
     def middle(solver, key):
@@ -1448,8 +1447,14 @@ def judge_rest(found):
         + ", ".join(f"{factor:.2g}" for factor in faster)
         + " times as long",
     )
+
+
+def judge_shift(found):
     data = found["shift"]
-    runs = where(data["runs"], search="lazy", shift=data["default"])
+    lazy = where(data["runs"], search="lazy")
+    runs = where(lazy, shift=data["default"])
+    bad = min((run["shift"] for run in lazy if not run["converged"] or run["worst"] > 0.5), default=np.inf)
+    halved = max((shift for shift in distinct(lazy, "shift") if shift < bad), default=np.nan)
     yield Claim(
         "one b gives both sparse activity and fast convergence",
         "Section 3",
@@ -1459,7 +1464,8 @@ def judge_rest(found):
             for init in distinct(runs, "init")
         ),
         all(run["converged"] for run in runs),
-        f"share of active pairs {spread([run['active'] for run in runs if run['converged']])}, n = {data['n']}",
+        f"share of active pairs {spread([run['active'] for run in runs if run['converged']])}; n = {data['n']}, "
+        f"m = {power_text(data['width'])}, where every step halves the residual up to b = {halved:.2g} of those tried",
     )
 
 
@@ -1499,7 +1505,8 @@ JUDGES = (
     judge_ntk,
     judge_norms,
     judge_paths,
-    judge_rest,
+    judge_descent,
+    judge_shift,
     judge_crossover,
 )
 

@@ -1885,6 +1885,7 @@ def test_timed_runs_say_whether_they_reached_the_tolerance():
     X, y = signed_problem(3, 5)
     found = bench.timed_run(X, y, 64, 0, 1e-6, shift=LINEAR)
     assert (found["converged"], found["active"], found["steps"]) == (True, 1.0, 1)
+    assert found["worst"] < 1e-6
     assert 0 < found["training"] < found["seconds"]
     assert bench.timed_run(X, y, 64, 0, 1e-6, shift=SILENT) == {"converged": False}
 
@@ -1921,9 +1922,9 @@ def test_step_cost_is_the_mean_over_the_steps():
 def test_slopes_and_least_widths_of_known_samples():
     samples = [{"seed": seed, "width": 1 << k, "value": 3.0 * (1 << k) ** 0.7} for seed in (0, 1) for k in (4, 6, 8)]
     assert bench.slopes(samples, lambda sample: sample["value"], 16) == pytest.approx([0.7, 0.7])
-    assert bench.least_width(samples, lambda sample: sample["width"] > 20) == 64
-    assert bench.least_width(samples, lambda sample: True) == 16
-    assert bench.least_width(samples, lambda sample: sample["width"] < 100) is None
+    assert bench.least(samples, "width", lambda sample: sample["width"] > 20) == 64
+    assert bench.least(samples, "width", lambda sample: True) == 16
+    assert bench.least(samples, "width", lambda sample: sample["width"] < 100) is None
     assert bench.spread([3.0, 1.0, 2.0]) == "2 (1 to 3)"
 
 
@@ -1967,8 +1968,8 @@ VERDICTS = [
     ("paths", "rest", "paths", "weights move", {"move": 1.0, "kernel": 0.01}, {"move": 1.0, "kernel": 2.0}),
     ("paths", "rest", "paths", "|J_t - J_0|", {"jacobian change": 1.0, "move": 1.0}, {"jacobian change": 6.0, "move": 1.0}),
     ("paths", "rest", "paths", "positions", {"flipped / active": 0.1}, {"flipped / active": 0.11}),
-    ("rest", "rest", "descent", "number of steps", {"steps": 4}, lambda sample: {"steps": sample["n"]}),
-    ("rest", "shift", "runs", "one b", {"converged": True, "steps": 3, "active": 0.1}, {"converged": False}),
+    ("descent", "rest", "descent", "number of steps", {"steps": 4}, lambda sample: {"steps": sample["n"]}),
+    ("shift", "shift", "runs", "one b", {"converged": True, "steps": 3, "active": 0.1}, {"converged": False}),
 ]
 
 
