@@ -1969,7 +1969,7 @@ VERDICTS = [
     ("paths", "rest", "paths", "|J_t - J_0|", {"jacobian change": 1.0, "move": 1.0}, {"jacobian change": 6.0, "move": 1.0}),
     ("paths", "rest", "paths", "positions", {"flipped / active": 0.1}, {"flipped / active": 0.11}),
     ("descent", "rest", "descent", "number of steps", {"steps": 4}, lambda sample: {"steps": sample["n"]}),
-    ("shift", "shift", "runs", "one b", {"converged": True, "steps": 3, "active": 0.1}, {"converged": False}),
+    ("shift", "shift", "runs", "one b", {"converged": True, "steps": 3, "active": 0.1, "worst": 0.1}, {"converged": False}),
 ]
 
 
