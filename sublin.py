@@ -86,8 +86,10 @@ __all__ = [
     "SublinearTrainer",
     "default_shift",
     "gaussian_sketch",
+    "ntk_eigenvalue_bounds",
     "separability",
     "shifted_ntk",
+    "smallest_ntk_eigenvalue",
     "sparse_sign_sketch",
     "srht_sketch",
 ]
@@ -1119,13 +1121,39 @@ def shifted_ntk(X, shift):
     return rho * np.maximum(both, 0.0)
 
 
+def smallest_ntk_eigenvalue(X, shift):
+    """Smallest eigenvalue lambda of the shifted neural tangent kernel (Remark 2.8), a float without unit.
+
+    Zero in exact arithmetic if two rows coincide, and then a rounding error of either sign, up to about n 10^-16. Takes
+    O(n^2 d + n^3) operations and O(n^2) memory.
+
+    X : (n, d), rows of length 1.  shift : the threshold b, of either sign. Raises ValueError or TypeError on bad input.
+    """
+    return float(scipy.linalg.eigh(shifted_ntk(X, shift), eigvals_only=True, subset_by_index=[0, 0])[0])
+
+
+def ntk_eigenvalue_bounds(X, shift):
+    """The interval (low, high) that Theorem 2.13 gives for lambda: exp(-b^2 / 2) delta / (100 n^2) and exp(-b^2 / 2).
+
+    delta is the separability of the rows of X. The true lambda is never above P(Z >= b), the kernel's diagonal, which is
+    at most half of `high`. Takes O(n^2 d) operations and O(n d) memory.
+
+    X : (n, d), at least two rows of length 1.  shift : the threshold b >= 0. Raises ValueError or TypeError on bad input.
+    """
+    X = _check_unit_rows(_check_matrix("X", X))
+    shift = _check_real("shift", shift, 0.0)
+    if len(X) < 2:
+        raise ValueError("X must have at least 2 rows for a separability, got 1; a single point has lambda = P(Z >= shift)")
+    high = math.exp(-0.5 * shift**2)
+    return high * separability(X) / (100 * len(X) ** 2), high
+
+
 def _regression_tolerance(X, shift):
     """Relative tolerance sqrt(lambda / n) / 6 of Algorithm 5, line 30, lambda the smallest eigenvalue of the shifted NTK.
 
     Rounding can leave lambda at or below zero (coinciding points), so it is held at n times the machine epsilon or more.
     """
-    smallest = scipy.linalg.eigh(shifted_ntk(X, shift), eigvals_only=True, subset_by_index=[0, 0])[0]
-    return np.sqrt(max(smallest / len(X), np.finfo(float).eps)) / 6.0
+    return np.sqrt(max(smallest_ntk_eigenvalue(X, shift) / len(X), np.finfo(float).eps)) / 6.0
 
 
 # ======================================================================================================================
