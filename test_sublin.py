@@ -2341,7 +2341,7 @@ BAD_INPUT = [
     (lambda: smallest_ntk_eigenvalue(X5[0], 0.5), ValueError, r"X must have 2 dimension\(s\), got shape \(3,\)"),
     (lambda: smallest_ntk_eigenvalue(3 * X5, 0.5), ValueError, r"rows of X must have length 1, but row \d has length 3"),
     (lambda: smallest_ntk_eigenvalue(X5, "b"), TypeError, r"shift must be a number, got 'b'"),
-    (lambda: ntk_eigenvalue_bounds(NAN, 0.5), ValueError, r"X must be finite, but X\[1, 0\] is nan"),
+    (lambda: ntk_eigenvalue_bounds(NAN, 0.5), ValueError, r"X must be finite, but X\[1, 0\] is NaN"),
     (lambda: ntk_eigenvalue_bounds(3 * X5, 0.5), ValueError, r"rows of X must have length 1, but row \d has length 3"),
     (lambda: ntk_eigenvalue_bounds(X5, -0.5), ValueError, r"shift must be a finite number in \[0, inf\), got -0.5"),
     (lambda: ntk_eigenvalue_bounds(X5, np.nan), ValueError, r"shift must be a finite number in \[0, inf\), got nan"),
