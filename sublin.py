@@ -15,6 +15,7 @@ paper does that with n search trees, one for each point, whose leaves are the pr
 
 Notation (the paper's symbol, its name here, its shape)
 
+    n, d    --        number of points, and of their coordinates (with the one that normalize="lift" appends)
     x_i     X         data points, of Euclidean length 1                                  (n, d)
     y       y         targets                                                             (n,)
     w_r     W         hidden weights, N(0, I_d) at the start                              (m, d)
@@ -28,6 +29,8 @@ Notation (the paper's symbol, its name here, its shape)
     J       J         Jacobian; block (i, r) is m^(-1/2) a_r x_i^T if r in Q_i, else 0    (n, m d)
     G       gram      Gram matrix J J^T                                                   (n, n)
     g       step      Gauss-Newton dual step                                              (n,)
+    mu      damping   G + mu I is solved instead of G
+    nnz     pairs     number of active pairs, the sum of |Q_i|
     gamma   --        sum of g_i over the steps in which neuron r was active on x_i       (live, n)
     S       --        sketching matrix, never formed                                      (size, m d)
     R       T^-1      triangular factor that makes S J^T R orthonormal                    (n, n)
@@ -48,8 +51,9 @@ Further references
              Networks", NeurIPS 2019.
     [Tro11]  J. Tropp, "Improved Analysis of the Subsampled Randomized Hadamard Transform", 2011.
 
-The sections follow the data: threads, problem, trees, active sets and Jacobian, sketches, solvers, kernel theory, input
-checks, live pairs, searches, trainer. Trees are the paper's way to find active neurons; live pairs go past it.
+The sections follow the data: threads, input checks, problem, trees, active sets and Jacobian, sketches, solvers, kernel
+theory, live pairs, searches, scaling, saving, trainer. Trees are the paper's way to find active neurons; live pairs go
+past it.
 """
 
 import ctypes
@@ -117,6 +121,10 @@ def _run(kernel, work, *arguments):
     numba.set_num_threads(threads if work >= 1 << 16 else 1)
     try:
         return kernel(*arguments)
+    except SystemError as error:  # how an interrupt in a compiled kernel may show
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     finally:
         numba.set_num_threads(threads)
 
@@ -152,6 +160,267 @@ def _serial_blas():
 
 
 # ======================================================================================================================
+# Input checks: the one place that refuses bad input (singular systems are refused by the solvers)
+# ======================================================================================================================
+
+
+def _check_real(name, value, low=-np.inf, below=np.inf):
+    """A finite float with low <= value < below."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        finite = False
+    if not finite or not low <= value < below:
+        allowed = "finite" if np.isinf(low) and np.isinf(below) else f"a finite number in [{low:g}, {below:g})"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return float(value)
+
+
+def _check_auto(name, value, low=-np.inf):
+    """A finite float, low or more, or "auto"."""
+    if not isinstance(value, str):
+        return _check_real(name, value, low)
+    if value != "auto":
+        raise TypeError(f'{name} must be a number or "auto", got {value!r}')
+    return value
+
+
+def _check_integer(name, value, low, high=None):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        remedy = f"; pass int({name})" if isinstance(value, (float, np.floating)) else ""
+        raise TypeError(f"{name} must be an integer, got {value!r}{remedy}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value!r}")
+    if high is not None and value > high:
+        raise ValueError(f"{name} must be at most {high}, got {value if value < 1 << 80 else 'more than 2^80'}")
+    return int(value)
+
+
+def _check_choice(name, value, known):
+    if not (isinstance(value, (str, int, np.integer, np.bool_, type(None))) and value in known):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
+def _check_numbers(name, value, dimensions):
+    """A finite, real array of that many dimensions, none of them empty."""
+    if scipy.sparse.issparse(value):
+        raise TypeError(f"{name} is a sparse matrix, which is not supported; pass {name}.toarray()")
+    if value is None:
+        raise TypeError(f"{name} must be an array of numbers, got None")
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name} must be an array, but its rows have different lengths") from None
+    if array.dtype.kind == "c":
+        raise ValueError(f"Complex data not supported: {name} must be real; pass its real part")
+    if array.dtype.kind == "O":
+        try:
+            array = array.astype(float)
+        except OverflowError:
+            raise ValueError(f"{name} must be finite, but has an integer beyond all floats; scale it down") from None
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} must be an array of numbers, but of its entries: {error}; encode it as numbers"
+            ) from None
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}; encode it as numbers (astype(float))")
+    if array.ndim != dimensions:
+        remedy = ""
+        if dimensions == 1 and array.size == len(np.atleast_1d(array)):
+            remedy = f"; pass {name}.ravel()"
+        elif dimensions == 2 and array.ndim == 1:
+            remedy = f". Reshape your data: pass {name}[:, None] for one column, {name}[None] for one row"
+        raise ValueError(f"{name} must have {dimensions} dimension(s), got shape {array.shape}{remedy}")
+    if array.size == 0:
+        lacking = "feature" if len(array) else "sample"
+        raise ValueError(
+            f"{name} must not be empty, but has 0 {lacking}(s) (shape={array.shape}) while a minimum of 1 is required."
+        )
+    if not np.isfinite(array).all():
+        where = tuple(int(k) for k in np.argwhere(~np.isfinite(array))[0])
+        what = "NaN" if np.isnan(array[where]) else f"{array[where]}"
+        raise ValueError(f"{name} must be finite, but {name}{list(where)} is {what}; remove or impute such entries")
+    return array
+
+
+def _check_matrix(name, value, keep_float32=False, rows=None, reason=""):
+    array = _check_numbers(name, value, 2)
+    if rows is not None and len(array) != rows:
+        raise ValueError(f"{name} must have {rows} rows, {reason}, got shape {array.shape}")
+    return np.ascontiguousarray(array, dtype=np.float32 if keep_float32 and array.dtype == np.float32 else np.float64)
+
+
+def _check_vector(name, value, size=None, reason="one for each row of X"):
+    array = _check_numbers(name, value, 1)
+    if size is not None and array.size != size:
+        raise ValueError(f"{name} must have {size} entries, {reason}, got {array.size}")
+    return array.astype(float)
+
+
+def _check_targets(value, size):
+    """A vector; a single column counts as one, with a warning."""
+    if value is None:
+        raise ValueError("fit requires y to be passed, but the target y is None")
+    if getattr(value, "ndim", 1) == 2 and np.shape(value)[1] == 1:
+        warnings.warn(
+            f"A column-vector y was passed when a 1d array was expected, got shape {np.shape(value)}; pass y.ravel()",
+            _of_sklearn("DataConversionWarning", UserWarning),
+            stacklevel=3,
+        )
+        value = np.ravel(value)
+    return _check_vector("y", value, size=size)
+
+
+def _feature_names(X):
+    """Column names of a data frame, if they are strings; else None."""
+    names = getattr(X, "columns", None)
+    if names is None or not all(isinstance(name, str) for name in names):
+        return None
+    return np.asarray(names, dtype=object)
+
+
+def _check_features(X, fitted):
+    """X (k, n_features_in_) with the columns that the `fitted` trainer was fitted with, in their order."""
+    names, expected = _feature_names(X), getattr(fitted, "feature_names_in_", None)
+    if names is not None and expected is not None and list(names) != list(expected):
+        differing = {
+            "unseen at fit time": set(names) - set(expected),
+            "seen at fit time, yet now missing": set(expected) - set(names),
+        }
+        lists = [f"Feature names {what}:\n- " + "\n- ".join(sorted(those)) for what, those in differing.items() if those]
+        lists = lists or ["Feature names must be in the same order as they were in fit."]
+        raise ValueError("\n".join(["The feature names should match those that were passed during fit.", *lists]) + "\n")
+    for one, other in ((names, expected), (expected, names)):
+        if one is None and other is not None:
+            with_names = "X does not have valid feature names, but SublinearTrainer was fitted with feature names"
+            without = "X has feature names, but SublinearTrainer was fitted without feature names"
+            warnings.warn(with_names if names is None else without, UserWarning, stacklevel=3)
+    X = _check_matrix("X", X)
+    if X.shape[1] != fitted.n_features_in_:
+        raise ValueError(
+            f"X has {X.shape[1]} features, but SublinearTrainer is expecting {fitted.n_features_in_} features as input; "
+            "pass the columns that fit saw"
+        )
+    return X
+
+
+def _of_sklearn(name, otherwise):
+    """An exception or warning of scikit-learn, whose users expect it, if scikit-learn is in use."""
+    return getattr(sys.modules.get("sklearn.exceptions"), name, otherwise)
+
+
+def _check_signs(value):
+    signs = _check_vector("signs", value)
+    wrong = np.flatnonzero(np.abs(signs) != 1)
+    if wrong.size:
+        raise ValueError(f"signs must be +1 or -1, but signs[{wrong[0]}] is {signs[wrong[0]]:g}; move its size into W")
+    return signs
+
+
+def _check_cast(name, array, dtype):
+    """The array in a precision that may be lower, still finite."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if not np.isfinite(cast).all():
+        raise ValueError(f"{name} has entries beyond the range of {dtype}, up to {np.abs(array).max():g}; use float64 trees")
+    return cast
+
+
+def _check_columns(name, array, other_name, other):
+    if array.shape[1] != other.shape[1]:
+        raise ValueError(f"{name} has {array.shape[1]} columns and {other_name} has {other.shape[1]}; they must agree")
+
+
+def _check_unit_rows(X):
+    lengths = np.linalg.norm(X, axis=1)
+    worst = np.argmax(np.abs(lengths - 1.0))
+    if abs(lengths[worst] - 1.0) > 1e-6:
+        raise ValueError(
+            f"rows of X must have length 1, but row {worst} has length {lengths[worst]:.6g}; "
+            'pass X / np.linalg.norm(X, axis=1, keepdims=True), or normalize="rows" or "lift" to SublinearTrainer'
+        )
+    return X
+
+
+def _check_row_lengths(X):
+    """Lengths (n, 1) of the rows of centred X, none of them zero."""
+    lengths = np.linalg.norm(X, axis=1, keepdims=True)
+    if not lengths.all():
+        raise ValueError(
+            f"row {np.argmin(lengths)} of X is zero once columns are centred, and has no direction; "
+            'use normalize="lift", which gives it one'
+        )
+    return lengths
+
+
+def _check_index(name, value, size):
+    value = _check_integer(name, value, -np.inf)
+    if not 0 <= value < size:
+        raise IndexError(f"{name} must be in 0..{size - 1}, got {value}")
+    return value
+
+
+def _check_indices(name, value, size):
+    indices = np.asarray(value)
+    if indices.ndim != 1 or indices.size == 0 or indices.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be a non-empty vector of integers, got dtype {indices.dtype}, shape {indices.shape}")
+    outside = indices[(indices < 0) | (indices >= size)]
+    if outside.size:
+        raise IndexError(f"{name} must be in 0..{size - 1}, got {outside[0]}")
+    values, counts = np.unique(indices, return_counts=True)
+    if values.size < indices.size:
+        raise ValueError(f"{name} must be distinct, but {values[np.argmax(counts)]} occurs {counts.max()} times")
+    return indices.astype(np.int64)
+
+
+def _check_threshold(tau):
+    """A number, possibly infinite."""
+    if isinstance(tau, (bool, np.bool_)) or not isinstance(tau, (int, float, np.integer, np.floating)) or tau != tau:
+        raise ValueError(f"tau must be a number, possibly infinite, got {tau!r}")
+    return float(tau)
+
+
+def _check_csr(indptr, indices, n, m):
+    indptr, indices = np.asarray(indptr), np.asarray(indices)
+    for name, array in (("indptr", indptr), ("indices", indices)):
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise TypeError(f"{name} must be a vector of integers, got dtype {array.dtype}, shape {array.shape}")
+    if indptr.size != n + 1 or indptr[0] != 0 or indptr[-1] != indices.size or (indptr[1:] < indptr[:-1]).any():
+        raise ValueError(
+            f"indptr must rise from 0 to indices.size = {indices.size} in {n + 1} entries, one more than X has rows; "
+            f"got {indptr.size} entries"
+        )
+    if indices.size and not 0 <= indices.min() <= indices.max() < m:
+        raise IndexError(f"indices must be in 0..{m - 1}, got {indices.min()}..{indices.max()}")
+    indptr, indices = indptr.astype(np.int64), indices.astype(np.int64)
+    pairs = np.repeat(np.arange(n), np.diff(indptr)) * m + indices
+    if np.unique(pairs).size < pairs.size:
+        raise ValueError("indices must name a neuron at most once for each point")
+    return indptr, indices
+
+
+def _check_jacobian(J):
+    if not isinstance(J, SparseJacobian):
+        raise TypeError(f"J must be a SparseJacobian, got {type(J).__name__}")
+
+
+def _check_memory(what, needed, remedy="use fewer neurons or points"):
+    """Refuses what cannot fit, before it is allocated."""
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else np.inf
+    if needed > available:
+        raise MemoryError(
+            f"{what} would need {needed / 2**30:,.1f} GiB, but {available / 2**30:,.1f} GiB are available; {remedy}"
+        )
+
+
+# ======================================================================================================================
 # Problem
 # ======================================================================================================================
 
@@ -184,6 +453,22 @@ def separability(X):
     return float(least)
 
 
+def _seed(random_state):
+    """64-bit seed from what scikit-learn accepts: None, an integer, a RandomState; or a Generator."""
+    if random_state is None:
+        return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(1 << 31))
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(1 << 63))
+    if random_state is np.random:  # NumPy's own global state
+        return _seed(np.random.mtrand._rand)
+    seed = _check_integer("random_state", random_state, 0)
+    if seed >= 1 << 64:
+        raise ValueError(f"random_state must be below 2^64, got {seed}")
+    return seed
+
+
 def _starting_vectors(seed, block, count, d, init):
     """Starting vectors (float32) and signs (int8) of the `count` neurons from block * BLOCK on.
 
@@ -200,6 +485,11 @@ def _starting_vectors(seed, block, count, d, init):
         return stream(0).standard_normal((count // 2, d), dtype=np.float32), np.tile(np.array([1, -1], np.int8), count // 2)
     signs = 2 * stream(1).integers(0, 2, count, dtype=np.int8) - 1
     return stream(0).standard_normal((count, d), dtype=np.float32), signs
+
+
+def _generator_probe(seed, d, init):
+    """The first starting weights, by which a change of NumPy's generator is noticed."""
+    return _starting_vectors(seed, 0, 2, d, init)[0].ravel()[:8]
 
 
 def _starting_blocks(seed, width, d, init, work):
@@ -223,7 +513,7 @@ def _starting_blocks(seed, width, d, init, work):
 
 
 def _stored_blocks(vectors, signs, work):
-    """The same from starting weights that are at hand, a vector for each neuron."""
+    """_starting_blocks from weights that are at hand, a vector for each neuron."""
     for first in range(0, signs.size, BLOCK):
         yield work(first, vectors[first : first + BLOCK], signs[first : first + BLOCK])
 
@@ -236,7 +526,7 @@ def _refuse_to_draw(work):
 
 
 def _for_each_neuron(work):
-    """The same work for _starting_blocks, given a row of weights for every neuron."""
+    """The same work, given a row of weights for each neuron also where two share a vector."""
     return lambda first, vectors, signs: work(first, np.repeat(vectors, signs.size // len(vectors), axis=0), signs)
 
 
@@ -451,7 +741,11 @@ class MaxTrees:
         _check_columns("W", W, "X", X)
         dtype = np.result_type(X, W)
         self._levels = _levels(len(W))
-        _check_memory(f"MaxTrees of {len(X)} points and {len(W)} neurons", len(X) * int(self._levels[-1]) * dtype.itemsize)
+        _check_memory(
+            f"MaxTrees of {len(X)} points and {len(W)} neurons",
+            len(X) * int(self._levels[-1]) * dtype.itemsize,
+            "use fewer points or neurons, or float32 arrays",
+        )
         self.X, self.W = X.astype(dtype), W.astype(dtype)
         self._rows = np.full((self._levels[-1], len(X)), -np.inf, dtype)
         np.matmul(self.W, self.X.T, out=self._rows[: len(W)])
@@ -941,6 +1235,57 @@ SKETCHES = {"sparse": sparse_sign_sketch, "srht": srht_sketch, "gaussian": gauss
 # Each returns g and the number of inner iterations. `lap(phase)` books the time since the last lap.
 
 
+def _singular_error(J, otherwise=""):
+    """LinAlgError that says why the Gram matrix is singular and what to do; or `otherwise`, if that is not certain."""
+    silent = np.flatnonzero(J.active_counts() == 0)
+    twins = np.argwhere(np.tril(J._XXt, -1) > 1 - 1e-12)
+    if silent.size:
+        cause = f"{silent.size} of {len(J.X)} points have no active neuron, the first is point {silent[0]}"
+        remedy = "a larger width or a smaller shift"
+    elif twins.size:
+        cause = f"points {twins[0, 1]} and {twins[0, 0]} coincide ({len(twins)} such pairs)"
+        remedy = "distinct points"
+    else:
+        cause = f"{len(J.X)} points share {J.active.neurons.size} active neurons of {J.width}, too few to tell them apart"
+        cause = f"{cause} ({otherwise})" if otherwise else cause
+        remedy = "a larger width or a smaller shift"
+    return np.linalg.LinAlgError(f"the Gram matrix is singular: {cause}; use {remedy}, or damping > 0 (try 1e-6)")
+
+
+def _check_all_fire(J, damping):
+    if damping == 0 and J.active_counts().min() == 0:
+        raise _singular_error(J)
+
+
+def _damped_gram(J, damping):
+    def times(v):
+        if not np.isfinite(v).all():
+            raise np.linalg.LinAlgError(
+                "conjugate gradients broke down, since the Gram matrix is singular; use distinct points, a larger width, or "
+                "damping > 0"
+            )
+        return J.gram_times(v) + damping * v
+
+    return LinearOperator((len(J.X), len(J.X)), matvec=times, dtype=float)
+
+
+def _conjugate_gradients(G, residual, tolerance, limit, preconditioner=None):
+    """To ||G g - (f - y)|| <= tolerance ||f - y||, with `preconditioner` near the inverse of G; and the iterations."""
+    iterations = 0
+
+    def count(_):
+        nonlocal iterations
+        iterations += 1
+
+    step, failed = cg(G, residual, rtol=tolerance, maxiter=limit, M=preconditioner, callback=count)
+    if failed:
+        raise np.linalg.LinAlgError(
+            f"conjugate gradients did not reach a relative residual of {tolerance:.1e} in {limit} iterations: the Gram "
+            'matrix is singular or nearly so; use solver="cholesky" to learn more, a larger width, or damping > 0'
+        )
+    return step, iterations
+
+
 # From so many points on, the factor of an earlier Gram matrix is a preconditioner for as long as at most 1 / STALE of the
 # active pairs have flipped since. At n = 4096, m = 2^16 (2 cores) that takes 8 iterations and 165 ms instead of 300 to 350
 # with 4 % of them flipped, and 6 and 115 ms with 0.1 %. With 39 % it takes more than 10, as slow as a new factor, and so
@@ -971,30 +1316,6 @@ def _solve_cholesky(J, residual, damping, lap, earlier=None):
     step = scipy.linalg.cho_solve(factor, residual, check_finite=False)
     lap("seconds_solve")
     return step, 0, factor
-
-
-def _damped_gram(J, damping):
-    def times(v):
-        return J.gram_times(v) + damping * v
-
-    return LinearOperator((len(J.X), len(J.X)), matvec=times, dtype=float)
-
-
-def _conjugate_gradients(G, residual, tolerance, limit, preconditioner=None):
-    """To ||G g - (f - y)|| <= tolerance ||f - y||, with `preconditioner` near the inverse of G; and the iterations."""
-    iterations = 0
-
-    def count(_):
-        nonlocal iterations
-        iterations += 1
-
-    step, failed = cg(G, residual, rtol=tolerance, maxiter=limit, M=preconditioner, callback=count)
-    if failed:
-        raise np.linalg.LinAlgError(
-            f"conjugate gradients did not reach a relative residual of {tolerance:.1e} in {limit} iterations: the Gram "
-            'matrix is singular or nearly so; use solver="cholesky" to learn more, a larger width, or damping > 0'
-        )
-    return step, iterations
 
 
 def _solve_cg(J, residual, damping, tolerance, lap):
@@ -1076,28 +1397,6 @@ def _gradient_rate(J):
     return 1.0 / norm if norm > 0 else 0.0
 
 
-def _check_all_fire(J, damping):
-    if damping == 0 and J.active_counts().min() == 0:
-        raise _singular_error(J)
-
-
-def _singular_error(J, otherwise=""):
-    """LinAlgError that says why the Gram matrix is singular and what to do; or `otherwise`, if that is not certain."""
-    silent = np.flatnonzero(J.active_counts() == 0)
-    twins = np.argwhere(np.tril(J._XXt, -1) > 1 - 1e-12)
-    if silent.size:
-        cause = f"{silent.size} of {len(J.X)} points have no active neuron, the first is point {silent[0]}"
-        remedy = "a larger width or a smaller shift"
-    elif twins.size:
-        cause = f"points {twins[0, 1]} and {twins[0, 0]} coincide ({len(twins)} such pairs)"
-        remedy = "distinct points"
-    else:
-        cause = f"{len(J.X)} points share {J.active.neurons.size} active neurons of {J.width}, too few to tell them apart"
-        cause = f"{cause} ({otherwise})" if otherwise else cause
-        remedy = "a larger width or a smaller shift"
-    return np.linalg.LinAlgError(f"the Gram matrix is singular: {cause}; use {remedy}, or damping > 0 (try 1e-6)")
-
-
 # ======================================================================================================================
 # Kernel theory (Section 2.5)
 # ======================================================================================================================
@@ -1154,280 +1453,6 @@ def _regression_tolerance(X, shift):
     Rounding can leave lambda at or below zero (coinciding points), so it is held at n times the machine epsilon or more.
     """
     return np.sqrt(max(smallest_ntk_eigenvalue(X, shift) / len(X), np.finfo(float).eps)) / 6.0
-
-
-# ======================================================================================================================
-# Input checks: the one place that raises on bad input
-# ======================================================================================================================
-
-
-def _check_real(name, value, low=-np.inf, below=np.inf):
-    """A finite float with low <= value < below."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not np.isfinite(value) or not low <= value < below:
-        allowed = "finite" if np.isinf(low) and np.isinf(below) else f"a finite number in [{low:g}, {below:g})"
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return float(value)
-
-
-def _check_integer(name, value, low):
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r}; pass int({name})")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value!r}")
-    return int(value)
-
-
-def _check_choice(name, value, known):
-    if not (isinstance(value, (str, int, type(None))) and value in known):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    return value
-
-
-def _check_numbers(name, value, dimensions):
-    """A finite, real array of that many dimensions, none of them empty."""
-    if scipy.sparse.issparse(value):
-        raise TypeError(f"{name} is a sparse matrix, which is not supported; pass {name}.toarray()")
-    if value is None:
-        raise TypeError(f"{name} must be an array of numbers, got None")
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise ValueError(f"{name} must be an array, but its rows have different lengths") from None
-    if array.dtype.kind == "c":
-        raise ValueError(f"Complex data not supported: {name} must be real; pass its real part")
-    if array.dtype.kind == "O":
-        try:
-            array = array.astype(float)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"{name} must be an array of numbers, but of its entries: {error}; encode it as numbers"
-            ) from None
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}; encode it as numbers (astype(float))")
-    if array.ndim != dimensions:
-        remedy = f"{name}.ravel()" if dimensions == 1 else f"{name}[:, None] for one column, {name}[None] for one row"
-        raise ValueError(
-            f"{name} must have {dimensions} dimension(s), got shape {array.shape}. Reshape your data: pass {remedy}"
-        )
-    if array.size == 0:
-        lacking = "feature" if len(array) else "sample"
-        raise ValueError(
-            f"{name} must not be empty, but has 0 {lacking}(s) (shape={array.shape}) while a minimum of 1 is required."
-        )
-    if not np.isfinite(array).all():
-        where = tuple(int(k) for k in np.argwhere(~np.isfinite(array))[0])
-        what = "NaN" if np.isnan(array[where]) else f"{array[where]}"
-        raise ValueError(f"{name} must be finite, but {name}{list(where)} is {what}; remove or impute such entries")
-    return array
-
-
-def _check_matrix(name, value, keep_float32=False, rows=None, reason=""):
-    array = _check_numbers(name, value, 2)
-    if rows is not None and len(array) != rows:
-        raise ValueError(f"{name} must have {rows} rows, {reason}, got shape {array.shape}")
-    return np.ascontiguousarray(array, dtype=np.float32 if keep_float32 and array.dtype == np.float32 else np.float64)
-
-
-def _check_vector(name, value, size=None, reason="one for each row of X"):
-    array = _check_numbers(name, value, 1)
-    if size is not None and array.size != size:
-        raise ValueError(f"{name} must have {size} entries, {reason}, got {array.size}")
-    return array.astype(float)
-
-
-def _check_targets(value, size):
-    """A vector; a single column counts as one, with a warning."""
-    if value is None:
-        raise ValueError("fit requires y to be passed, but the target y is None")
-    if getattr(value, "ndim", 1) == 2 and np.shape(value)[1] == 1:
-        warnings.warn(
-            f"A column-vector y was passed when a 1d array was expected, got shape {np.shape(value)}; pass y.ravel()",
-            _of_sklearn("DataConversionWarning", UserWarning),
-            stacklevel=4,
-        )
-        value = np.ravel(value)
-    return _check_vector("y", value, size=size)
-
-
-def _feature_names(X):
-    """Column names of a data frame, if they are strings; else None."""
-    names = getattr(X, "columns", None)
-    if names is None or not all(isinstance(name, str) for name in names):
-        return None
-    return np.asarray(names, dtype=object)
-
-
-def _check_features(X, fitted):
-    """X (k, n_features_in_) with the columns that the `fitted` trainer was fitted with, in their order."""
-    names, expected = _feature_names(X), getattr(fitted, "feature_names_in_", None)
-    if names is not None and expected is not None and list(names) != list(expected):
-        differing = {
-            "unseen at fit time": set(names) - set(expected),
-            "seen at fit time, yet now missing": set(expected) - set(names),
-        }
-        lists = [f"Feature names {what}:\n- " + "\n- ".join(sorted(those)) for what, those in differing.items() if those]
-        lists = lists or ["Feature names must be in the same order as they were in fit."]
-        raise ValueError("\n".join(["The feature names should match those that were passed during fit.", *lists]) + "\n")
-    for one, other in ((names, expected), (expected, names)):
-        if one is None and other is not None:
-            with_names = "X does not have valid feature names, but SublinearTrainer was fitted with feature names"
-            without = "X has feature names, but SublinearTrainer was fitted without feature names"
-            warnings.warn(with_names if names is None else without, UserWarning, stacklevel=4)
-    X = _check_matrix("X", X)
-    if X.shape[1] != fitted.n_features_in_:
-        raise ValueError(
-            f"X has {X.shape[1]} features, but SublinearTrainer is expecting {fitted.n_features_in_} features as input; "
-            "pass the columns that fit saw"
-        )
-    return X
-
-
-def _of_sklearn(name, otherwise):
-    """An exception or warning of scikit-learn, whose users expect it, if scikit-learn is in use."""
-    return getattr(sys.modules.get("sklearn.exceptions"), name, otherwise)
-
-
-def _check_signs(value):
-    signs = _check_vector("signs", value)
-    wrong = np.flatnonzero(np.abs(signs) != 1)
-    if wrong.size:
-        raise ValueError(f"signs must be +1 or -1, but signs[{wrong[0]}] is {signs[wrong[0]]:g}; move its size into W")
-    return signs
-
-
-def _check_cast(name, array, dtype):
-    """The array in a precision that may be lower, still finite."""
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    if not np.isfinite(cast).all():
-        raise ValueError(f"{name} has entries beyond the range of {dtype}, up to {np.abs(array).max():g}; use float64 trees")
-    return cast
-
-
-def _check_columns(name, array, other_name, other):
-    if array.shape[1] != other.shape[1]:
-        raise ValueError(f"{name} has {array.shape[1]} columns and {other_name} has {other.shape[1]}; they must agree")
-
-
-def _check_unit_rows(X):
-    lengths = np.linalg.norm(X, axis=1)
-    worst = np.argmax(np.abs(lengths - 1.0))
-    if abs(lengths[worst] - 1.0) > 1e-6:
-        raise ValueError(
-            f"rows of X must have length 1, but row {worst} has length {lengths[worst]:.6g}; "
-            'pass X / np.linalg.norm(X, axis=1, keepdims=True), or normalize="rows" or "lift" to SublinearTrainer'
-        )
-    return X
-
-
-def _check_row_lengths(X):
-    """Lengths (n, 1) of the rows of centred X, none of them zero."""
-    lengths = np.linalg.norm(X, axis=1, keepdims=True)
-    if not lengths.all():
-        raise ValueError(
-            f"row {np.argmin(lengths)} of X is zero once columns are centred, and has no direction; "
-            'use normalize="lift", which gives it one'
-        )
-    return lengths
-
-
-def _check_index(name, value, size):
-    value = _check_integer(name, value, -np.inf)
-    if not 0 <= value < size:
-        raise IndexError(f"{name} must be in 0..{size - 1}, got {value}")
-    return value
-
-
-def _check_indices(name, value, size):
-    indices = np.asarray(value)
-    if indices.ndim != 1 or indices.size == 0 or indices.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be a non-empty vector of integers, got dtype {indices.dtype}, shape {indices.shape}")
-    outside = indices[(indices < 0) | (indices >= size)]
-    if outside.size:
-        raise IndexError(f"{name} must be in 0..{size - 1}, got {outside[0]}")
-    values, counts = np.unique(indices, return_counts=True)
-    if values.size < indices.size:
-        raise ValueError(f"{name} must be distinct, but {values[np.argmax(counts)]} occurs {counts.max()} times")
-    return indices.astype(np.int64)
-
-
-def _check_threshold(tau):
-    """A number, possibly infinite."""
-    if isinstance(tau, (bool, np.bool_)) or not isinstance(tau, (int, float, np.integer, np.floating)) or tau != tau:
-        raise ValueError(f"tau must be a number, possibly infinite, got {tau!r}")
-    return float(tau)
-
-
-def _check_csr(indptr, indices, n, m):
-    indptr, indices = np.asarray(indptr), np.asarray(indices)
-    for name, array in (("indptr", indptr), ("indices", indices)):
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise TypeError(f"{name} must be a vector of integers, got dtype {array.dtype}, shape {array.shape}")
-    if indptr.size != n + 1 or indptr[0] != 0 or indptr[-1] != indices.size or (indptr[1:] < indptr[:-1]).any():
-        raise ValueError(
-            f"indptr must rise from 0 to indices.size = {indices.size} in {n + 1} entries, one more than X has rows; "
-            f"got {indptr.size} entries"
-        )
-    if indices.size and not 0 <= indices.min() <= indices.max() < m:
-        raise IndexError(f"indices must be in 0..{m - 1}, got {indices.min()}..{indices.max()}")
-    indptr, indices = indptr.astype(np.int64), indices.astype(np.int64)
-    pairs = np.repeat(np.arange(n), np.diff(indptr)) * m + indices
-    if np.unique(pairs).size < pairs.size:
-        raise ValueError("indices must name a neuron at most once for each point")
-    return indptr, indices
-
-
-def _check_jacobian(J):
-    if not isinstance(J, SparseJacobian):
-        raise TypeError(f"J must be a SparseJacobian, got {type(J).__name__}")
-
-
-def _check_memory(what, needed):
-    """Refuses what cannot fit, before it is allocated."""
-    try:
-        with open("/proc/meminfo") as lines:
-            available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else np.inf
-    if needed > available:
-        raise MemoryError(
-            f"{what} would need {needed / 2**30:,.1f} GiB, but {available / 2**30:,.1f} GiB are available; use fewer "
-            'neurons or points, or dtype="float32"'
-        )
-
-
-def _coinciding(X, y):
-    """Rows of X that coincide but have different targets: (number of rows, two of them, norm of the residual they leave).
-
-    No function of X comes closer to the targets of equal rows than their mean. None, if there are no such rows.
-    """
-    _, group, sizes = np.unique(np.round(X, 12) + 0.0, axis=0, return_inverse=True, return_counts=True)
-    group = group.ravel()
-    deviations = y - (np.bincount(group, y) / sizes)[group]
-    deviations[np.abs(deviations) <= 1e-12 * np.abs(y).max()] = 0.0
-    if not deviations.any():
-        return None
-    first = int(np.flatnonzero(deviations)[0])
-    second = int(np.flatnonzero((group == group[first]) & (y != y[first]))[0])
-    return np.count_nonzero(deviations), first, second, np.linalg.norm(deviations)
-
-
-def _seed(random_state):
-    """64-bit seed from what scikit-learn accepts: None, an integer, a RandomState; or a Generator."""
-    if random_state is None:
-        return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
-    if isinstance(random_state, np.random.RandomState):
-        return int(random_state.randint(1 << 31))
-    if isinstance(random_state, np.random.Generator):
-        return int(random_state.integers(1 << 63))
-    if random_state is np.random:  # NumPy's own global state
-        return _seed(np.random.mtrand._rand)
-    seed = _check_integer("random_state", random_state, 0)
-    if seed >= 1 << 64:
-        raise ValueError(f"random_state must be below 2^64, got {seed}")
-    return seed
 
 
 # ======================================================================================================================
@@ -1496,7 +1521,7 @@ class PointData(NamedTuple):
     cross: np.ndarray  # (n,) largest |<x_i, x_j>| over j != i, and more than 0
     largest_cross: float
     shift: float
-    scale: float  # m^(-1/2)
+    unit: float  # m^(-1/2)
     gather: float  # cost of an entry of X X^T out of order, in multiply-adds of rows of X
 
 
@@ -1518,9 +1543,25 @@ FLIP = np.dtype([("earlier", np.float64), ("neuron", np.int32), ("point", np.int
 NOTES = 1 << 14  # flips, or points beside them, that are gathered before they are counted
 
 
+class Scratch(NamedTuple):
+    """What _look writes, one for each thread."""
+
+    moved_by: np.ndarray  # (n + 1,) int64, points with a gamma that is not zero
+    factors: np.ndarray  # (n + 1,) by which they have moved the weights
+    w: np.ndarray  # (d,) dw_r
+    w32: np.ndarray  # (d,) float32
+    moves: np.ndarray  # (n,) of the products
+    noted: np.ndarray  # (NOTES + n, 3) int32, flips that are not counted yet: point, +1 or -1, note
+    stayed: np.ndarray  # (NOTES + n,) int32, points on which their neurons are active as before
+    note_ends: np.ndarray  # (2, NOTES + n) int32, where each note, of one neuron, ends in those two
+    written: np.ndarray  # (2,) numbers of notes and of entries of the journal
+    journal: np.ndarray  # (room,) FLIP
+
+
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _thresholds(products, least_active, pull, cross, base):
-    """For each row: how many products may be active; if any, base - margin, the least product to track; how many are."""
+def _thresholds(products, least_active, pull, cross, lowered_shift):
+    """For each row: how many products reach least_active; if any, the least product to track, lowered_shift - margin; and
+    how many reach that."""
     active, tracked = np.zeros(len(products), np.int64), np.zeros(len(products), np.int64)
     thresholds = np.empty(len(products), np.float32)
     one, zero = np.float32(1), np.float32(0)  # counted in the type of the products, for full vectors
@@ -1534,7 +1575,7 @@ def _thresholds(products, least_active, pull, cross, base):
             square += pulled * pulled
         active[r] = np.int64(count)
         if count > zero:
-            least, count = base - min(cross * straight, np.sqrt(square)), zero
+            least, count = lowered_shift - min(cross * straight, np.sqrt(square)), zero
             for i in range(row.size):
                 count += one if row[i] >= least else zero
             thresholds[r], tracked[r] = least, np.int64(count)
@@ -1543,11 +1584,16 @@ def _thresholds(products, least_active, pull, cross, base):
 
 @njit(cache=True, nogil=True)
 def _sort_descending(products, points, first, end):
-    """Sorts pairs by product, by Shell's method, which for the short rows that most are is insertion."""
+    """Sorts pairs by product, and equal ones by point.
+
+    By Shell's method, which for the short rows that most are is insertion.
+    """
     for gap in GAPS:
         for z in range(first + gap, end):
             product, point, e = products[z], points[z], z
-            while e >= first + gap and products[e - gap] < product:
+            while e >= first + gap and (
+                products[e - gap] < product or (products[e - gap] == product and points[e - gap] > point)
+            ):
                 products[e], points[e] = products[e - gap], points[e - gap]
                 e -= gap
             products[e], points[e] = product, point
@@ -1593,16 +1639,16 @@ def _below(certificates, neurons, distance, out):
 
 
 @njit(cache=True)
-def _count_flips(counts, flips, stayed, bounds):
+def _count_flips(counts, flips, stayed, note_ends):
     """Adds to the numbers |Q_i n Q_j| of neurons that two points share what flips have changed.
 
-    Note z is of one neuron: flips bounds[0, z], ..., bounds[0, z + 1] - 1 and, of stayed, what is between those of
-    bounds[1], the points on which it was active and still is. flips are rows (point, +1 or -1, note). A change is counted
+    Note z is of one neuron: flips note_ends[0, z], ..., note_ends[0, z + 1] - 1 and, of stayed, what is between those of
+    note_ends[1], the points on which it was active and still is. flips are rows (point, +1 or -1, note). A change is counted
     once, at [i, j] or [j, i], in the row of the point that flipped; flips of one point are taken together, so that its row
     is in cache: 70 instead of 550 ns a flip on digits, where a neuron is active on 150 of 1797 points.
     """
     firsts = np.zeros(len(counts) + 1, np.int64)
-    for z in range(bounds[0, -1]):
+    for z in range(note_ends[0, -1]):
         firsts[flips[z, 0] + 1] += 1
     firsts = np.cumsum(firsts)
     order = np.empty(firsts[-1], np.int32)
@@ -1612,9 +1658,9 @@ def _count_flips(counts, flips, stayed, bounds):
         firsts[j] += 1
     for z in order:
         j, sign, note = flips[z]
-        for s in range(bounds[1, note], bounds[1, note + 1]):
+        for s in range(note_ends[1, note], note_ends[1, note + 1]):
             counts[j, stayed[s]] += sign
-        for u in range(bounds[0, note], z + 1):
+        for u in range(note_ends[0, note], z + 1):
             counts[j, flips[u, 0]] += (sign + flips[u, 1]) >> 1  # two that flip in opposite directions share nothing
 
 
@@ -1632,7 +1678,7 @@ def _used_up(pairs, due, distance, path):
             gone += path[points[e]] if active[e] else 0.0
         due[found] = q
         if gone < limit:
-            certificates[q] = distance + (limit - gone) / k
+            certificates[q] = (distance + (limit - gone) / k) * (1.0 - 1e-15)
         else:
             found += 1
     return found
@@ -1688,7 +1734,7 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally, scratc
     rows, certificates, points, products, base, active = pairs
     X, X32, XXt, cross, largest_cross, shift, unit, gather = data
     d = X.shape[1]
-    moved_by, factors, w, w32, moves, noted, stayed, bounds, written, journal = scratch
+    moved_by, factors, w, w32, moves, noted, stayed, note_ends, written, journal = scratch
     inverse = -1.0 / largest_cross
     operations = flips = woken = shorts = 0
     notes, entries = written
@@ -1729,15 +1775,17 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally, scratc
                     move += factors[a] * XXt[j, moved_by[a]]
                 moves[e] = move
         operations += stop * (d if through_X else c)
+        # Slack of the products from `stop` on, none of which has moved by more than `bound`; negative if one that is not
+        # tracked may be active.
         rest = (bound - (shift - products[first + stop] if stop < size else row.margin)) * inverse
         slack = rest
         for e in range(stop):
             excess = products[first + e] + moves[e] - shift
             slack = min(slack, excess if active[first + e] else excess * inverse)
         still = k
-        if slack <= tolerance:
+        if slack <= tolerance:  # a flip, or within rounding of one: every pair is decided in float64
             slack, gone, still = rest, 0.0, 0
-            turned, kept = bounds[0, notes], bounds[1, notes]
+            turned, kept = note_ends[0, notes], note_ends[1, notes]
             for e in range(first, first + stop):
                 excess, j, was_active = products[e] + moves[e - first] - shift, points[e], active[e]
                 if (excess >= 0.0) != was_active or not abs(excess) > tolerance:
@@ -1764,22 +1812,22 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally, scratc
                 slack = min(slack, excess if is_active else excess * inverse)
             row.reach = reach
             woken += int(still > 0) - int(k > 0)
-            if turned > bounds[0, notes]:
-                flips += turned - bounds[0, notes]
+            if turned > note_ends[0, notes]:
+                flips += turned - note_ends[0, notes]
                 notes += 1
-                bounds[0, notes], bounds[1, notes] = turned, kept
-                operations += (turned - bounds[0, notes - 1]) * (kept - bounds[1, notes - 1])
+                note_ends[0, notes], note_ends[1, notes] = turned, kept
+                operations += (turned - note_ends[0, notes - 1]) * (kept - note_ends[1, notes - 1])
                 if max(turned, kept) >= NOTES:
-                    _count_flips(counts, noted, stayed, bounds[:, : notes + 1])
+                    _count_flips(counts, noted, stayed, note_ends[:, : notes + 1])
                     notes = 0
         if rest < 0.0:
             certificates[q] = row.limit = -np.inf
-            row.margin = bound  # what it would have taken
+            row.margin = max(row.margin, bound)  # at least what it would have taken
             shorts += 1
         elif still > 0:
             slack = max(0.0, slack - tolerance) * (1.0 - 3e-6)  # rows of X may be longer than 1 by 1e-6
-            certificates[q] = distance + slack / still
-            row.limit = gone + slack
+            certificates[q] = (distance + slack / still) * (1.0 - 1e-15)  # rounded down, however long the way so far
+            row.limit = (gone + slack) * (1.0 - 1e-15)
         else:
             certificates[q] = np.inf
     tally[LOOKED_AT] += due.size
@@ -1788,23 +1836,6 @@ def _look(pairs, due, distance, sums, path, data, counts, outputs, tally, scratc
     tally[SHORT] += shorts
     tally[OPERATIONS] += operations
     written[0], written[1] = notes, entries
-
-
-@njit(cache=True)
-def _scratch(n, d, journal):
-    """What _look writes: vectors it forgets; its notes; how many notes and entries of the journal there are; the journal."""
-    return (
-        np.empty(n + 1, np.int64),
-        np.empty(n + 1),
-        np.empty(d),
-        np.empty(d, np.float32),
-        np.empty(n),
-        np.empty((NOTES + n, 3), np.int32),
-        np.empty(NOTES + n, np.int32),
-        np.zeros((2, NOTES + n), np.int32),
-        np.zeros(2, np.int64),
-        journal,
-    )
 
 
 @njit(parallel=True, cache=True)
@@ -1833,7 +1864,19 @@ def _walk(
     """
     for thread in prange(len(counts)):
         due = np.empty(neurons.size // CHUNKS + 1, np.int32)
-        scratch = _scratch(*data.X.shape, journals[thread])
+        n, d = data.X.shape
+        scratch = Scratch(
+            moved_by=np.empty(n + 1, np.int64),
+            factors=np.empty(n + 1),
+            w=np.empty(d),
+            w32=np.empty(d, np.float32),
+            moves=np.empty(n),
+            noted=np.empty((NOTES + n, 3), np.int32),
+            stayed=np.empty(NOTES + n, np.int32),
+            note_ends=np.zeros((2, NOTES + n), np.int32),
+            written=np.zeros(2, np.int64),
+            journal=journals[thread],
+        )
         for chunk in range(CHUNKS * thread // len(counts), CHUNKS * (thread + 1) // len(counts)):
             part = slice(neurons.size * chunk // CHUNKS, neurons.size * (chunk + 1) // CHUNKS)
             # A look never brings a certificate back below the horizon, so who is near after it is near before.
@@ -1842,9 +1885,8 @@ def _walk(
             expired = expired[: _used_up(pairs, expired, distance, path)]
             _look(pairs, expired, distance, sums, path, data, counts[thread], outputs[chunk], tallies[chunk], scratch)
             near_sizes[chunk] = _below(pairs.certificates[mine], mine, horizon, mine)
-        noted, stayed, limits, written, _ = scratch[-5:]
-        _count_flips(counts[thread], noted, stayed, limits[:, : written[0] + 1])
-        entries[thread] = written[1]
+        notes, entries[thread] = scratch.written
+        _count_flips(counts[thread], scratch.noted, scratch.stayed, scratch.note_ends[:, : notes + 1])
 
 
 @njit(cache=True)
@@ -1862,11 +1904,11 @@ def _take_back(pairs, journal):
 
 
 @njit(cache=True)
-def _widen_rows(pairs, short, made, margins, starts, shift):
-    """Makes the rows of the neurons `short` anew, from `starts` on, with wider margins, out of all their starting products
-    `made` (len(short), n)."""
-    rows, points, products, base, active = pairs.rows, pairs.points, pairs.products, pairs.base, pairs.active
-    n = made.shape[1]
+def _widen_rows(pairs, short, tracked, weights, X, margins, starts):
+    """Makes the rows of the neurons `short` anew, from `starts` on, with wider margins, of the points `tracked`
+    (len(short), n). Starting products are those of _live_rows to the bit."""
+    rows, _, points, products, base, active = pairs
+    n = len(X)
     old_base, old_active = np.zeros(n), np.zeros(n, np.bool_)
     for z in range(short.size):
         row = rows[short[z]]
@@ -1875,8 +1917,8 @@ def _widen_rows(pairs, short, made, margins, starts, shift):
         row.start, row.margin = starts[z], margins[z]
         end = row.start
         for j in range(n):
-            if made[z, j] >= shift - row.margin:
-                points[end], products[end] = j, made[z, j]
+            if tracked[z, j]:
+                points[end], products[end] = j, _dot(weights[z], X[j])
                 end += 1
         _sort_descending(products, points, row.start, end)
         row.count = end - row.start
@@ -1890,10 +1932,10 @@ def _widen_rows(pairs, short, made, margins, starts, shift):
 
 
 @njit(parallel=True, cache=True)
-def _widen(pairs, short, made, margins, starts, shift):
+def _widen(pairs, short, tracked, weights, X, margins, starts):
     for chunk in prange(CHUNKS):
         part = slice(short.size * chunk // CHUNKS, short.size * (chunk + 1) // CHUNKS)
-        _widen_rows(pairs, short[part], made[part], margins[part], starts[part], shift)
+        _widen_rows(pairs, short[part], tracked[part], weights[part], X, margins[part], starts[part])
 
 
 @njit(cache=True, fastmath=FAST)
@@ -2045,6 +2087,10 @@ def _move_cost(offsets, n, d):
     return cost
 
 
+WIDEST = 1 << 40  # drawing so many takes days
+NARROWER = 'use fewer neurons or points, or dtype="float32"'
+
+
 class _Network:
     """The weights of a network: those of live neurons, and how the others are drawn.
 
@@ -2124,7 +2170,7 @@ class _Search(_Network):
     last step read.
 
     A search names neurons by rows of its own. "dense", "scan" and "tree" offer _find(), the active sets and the products
-    of the active pairs; _held, the array whose rows _move(step) changes; _flipped(...), told what a step did.
+    of the active pairs; _held, the array whose rows _move(step) changes; _note_flips(...), told what a step did.
     """
 
     def __init__(self, X, XXt, y, shift, width, init, draw, dtype, moved, report):
@@ -2171,7 +2217,7 @@ class _Search(_Network):
         lap("seconds_update")
         self.find()
         neurons, points, signs = _flips(before, self.active)
-        self._flipped(neurons, points, signs)
+        self._note_flips(neurons, points, signs)
         lap("seconds_query")
         return neurons.size
 
@@ -2188,7 +2234,7 @@ class _Search(_Network):
     def settle(self):
         """Makes sure that `outputs` come from a forward pass."""
 
-    def _flipped(self, neurons, points, signs):
+    def _note_flips(self, neurons, points, signs):
         """Told which pairs woke (+1) or fell asleep (-1) by the last step."""
 
 
@@ -2196,7 +2242,9 @@ class _Dense(_Search):
     """X W^T anew in every step, by BLAS: O(m n d) [BPSW21, CGH+19]. Holds W."""
 
     def _allocate(self):
-        _check_memory(f'search="dense" with {self.width} neurons', self.width * self.X.shape[1] * self.dtype.itemsize)
+        _check_memory(
+            f'search="dense" with {self.width} neurons', self.width * self.X.shape[1] * self.dtype.itemsize, NARROWER
+        )
         self.W = self._held = np.empty((self.width, self.X.shape[1]), self.dtype)
         self.signs, self.live = np.empty(self.width), np.arange(self.width)
 
@@ -2264,7 +2312,9 @@ class _Scan(_Search):
     def _allocate(self):
         n = len(self.X)
         self._levels = _levels(self.width)[: self.height + 1]
-        _check_memory(f"products of {n} points and {self.width} neurons", n * int(self._levels[-1]) * self.dtype.itemsize)
+        _check_memory(
+            f"products of {n} points and {self.width} neurons", n * int(self._levels[-1]) * self.dtype.itemsize, NARROWER
+        )
         self._rows = self._held = np.empty((self._levels[-1], n), self.dtype)
         self._rows[self.width :] = -np.inf
         self._XXt = self.XXt.astype(self.dtype)
@@ -2324,7 +2374,7 @@ class _Scan(_Search):
         del self._flips[flips:]
         _mend_ancestors(self._rows, self._levels, self.active.neurons)
 
-    def _flipped(self, neurons, points, signs):
+    def _note_flips(self, neurons, points, signs):
         if neurons.size:
             self._flips.append((neurons, points, -signs * self._sum[points]))
 
@@ -2368,16 +2418,15 @@ class _Lazy(_Search):
         expected = n * self.width * scipy.special.ndtr(-self.shift)  # active pairs at the start; more are tracked
         _check_memory(f"live pairs of {n} points and {self.width} neurons", 21 * expected)
         cross = np.maximum(np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1), 1e-12)
-        gather = 4.0 if n <= 362 else 64.0  # whether X X^T stays in a second-level cache of 1 MB
         self._data = PointData(
-            self.X,
-            self.X.astype(np.float32),
-            self.XXt,
-            cross,
-            cross.max(),
-            self.shift,
-            1.0 / np.sqrt(self.width),
-            gather,
+            X=self.X,
+            X32=self.X.astype(np.float32),
+            XXt=self.XXt,
+            cross=cross,
+            largest_cross=cross.max(),
+            shift=self.shift,
+            unit=1.0 / np.sqrt(self.width),
+            gather=4.0 if n <= 362 else 64.0,  # whether X X^T stays in a second-level cache of 1 MB
         )
         self._sum, self._path = np.zeros(n), np.zeros(n)
         self._distance = self._last_move = 0.0
@@ -2390,12 +2439,12 @@ class _Lazy(_Search):
         # No float32 product is further from the float64 one than this; a normal number is below 8.3 (NumPy's ziggurat).
         rounding = (d + 4) * np.finfo(np.float32).eps * 8.3 * np.sqrt(d)
         largest = np.finfo(np.float32).max
-        least_active, base = np.float32(np.clip(self.shift - np.array([1, 2]) * rounding, -largest, largest))
+        least_active, lowered_shift = np.float32(np.clip(self.shift - np.array([1, 2]) * rounding, -largest, largest))
         cross = np.float32(self._data.largest_cross)
         # Training ends about where every active product has moved by |y_i| / (Phi(-b) sqrt(m)), and so dw_r is a sum of
         # vectors of about that length, one for each active point.
-        reach = max(scipy.special.ndtr(-self.shift), 1e-30) * np.sqrt(self.width)
-        pull = np.minimum(MARGIN * np.abs(y) / reach, largest).astype(np.float32)
+        pairs_per_move = max(scipy.special.ndtr(-self.shift), 1e-30) * np.sqrt(self.width)
+        pull = np.minimum(MARGIN * np.abs(y) / pairs_per_move, largest).astype(np.float32)
         piece = max(64, (1 << 19) // n)  # vectors whose products are made together, 2 MB of them
 
         def rows_of(first, vectors, signs):
@@ -2404,7 +2453,7 @@ class _Lazy(_Search):
             for low in range(0, len(vectors), piece):
                 some = vectors[low : low + piece]
                 products = some @ X32.T
-                active, thresholds, tracked = _thresholds(products, least_active, pull, cross, base)
+                active, thresholds, tracked = _thresholds(products, least_active, pull, cross, lowered_shift)
                 numbers = first + copies * (low + np.arange(len(some)))
                 rows = np.flatnonzero((active > 0) & ~np.isin(numbers, moved) if moved.size else active)
                 # Rows of equal length together: loops of an expected length are faster by a third.
@@ -2445,7 +2494,8 @@ class _Lazy(_Search):
         )
         np.concatenate(points, out=self._pairs.points[:used])
         np.concatenate(products, out=self._pairs.products[:used])
-        rows["margin"][sizes.size :] = np.sqrt(np.mean(pull**2)) / 2
+        if moved.size:
+            rows["margin"][sizes.size :] = np.sqrt(np.mean(pull**2)) / 2
         self._widen(np.arange(sizes.size, self.n_live, dtype=np.int32))
         self.widened = 0  # rows made anew in training, for those who look inside
         self._ladder = [Rung(np.inf, np.arange(self.n_live, dtype=np.int32), self._pairs.certificates)]
@@ -2456,7 +2506,7 @@ class _Lazy(_Search):
 
     @property
     def pairs(self):
-        return int(np.einsum("tii->", self.counts))
+        return int(np.einsum("tii->", self.counts, dtype=np.int64))
 
     @cached_property
     def gram(self):
@@ -2550,13 +2600,14 @@ class _Lazy(_Search):
         for low in range(0, short.size, batch):
             some = short[low : low + batch]
             rows = self._pairs.rows[some]
-            made = self._starting_weights(some) @ self.X.T
-            margins = 2 * rows["margin"]
-            ends = self._used + np.cumsum(np.count_nonzero(made >= (self.shift - margins)[:, None], axis=1))
+            weights = self._starting_weights(some)
+            margins = 2 * rows["margin"].astype(float)
+            tracked = weights @ self.X.T >= (self.shift - margins)[:, None]
+            ends = self._used + np.cumsum(np.count_nonzero(tracked, axis=1))
             starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
             self._reserve(self._used)
-            _run(_widen, made.size, self._pairs, some, made, margins, starts, self.shift)
-            self.operations += made.size * self.X.shape[1]
+            _run(_widen, tracked.size, self._pairs, some, tracked, weights, self.X, margins, starts)
+            self.operations += tracked.size * self.X.shape[1]
 
     def _reserve(self, room):
         """Makes room for so many pairs."""
@@ -2589,7 +2640,7 @@ class _Lazy(_Search):
 
     def _trained(self):
         def trained(rows):
-            return self._starting_weights(rows) + _moves(self._pairs, rows, self._sum, self.X, self._data.scale)
+            return self._starting_weights(rows) + _moves(self._pairs, rows, self._sum, self.X, self._data.unit)
 
         return trained
 
@@ -2598,7 +2649,7 @@ class _Lazy(_Search):
         pairs, n = self._pairs, len(self.X)
         rows = pairs.rows
         start = self._starting_weights(slice(None)) @ self.X.T
-        moves = _moves(pairs, np.arange(self.n_live), self._sum, self.X, self._data.scale)
+        moves = _moves(pairs, np.arange(self.n_live), self._sum, self.X, self._data.unit)
         products = start + moves @ self.X.T
         tolerance = 1e-9 * (1.0 + np.abs(products))
         neuron = np.repeat(np.arange(self.n_live), rows["count"])
@@ -2629,7 +2680,7 @@ class _Lazy(_Search):
         slack = np.where(firing, excess, -excess / self._data.largest_cross) + tolerance[moving]
         assert np.all(claimed[:, None] <= slack), "a pair can flip before its certificate ends"
         certified = np.where(moving, pairs.certificates, np.inf)
-        assert np.all(certified >= self._distance), "a certificate is late"
+        assert np.all(certified >= self._distance * (1.0 - 2e-15)), "a certificate is late"
         for horizon, neurons, bounds in self._ladder:
             assert np.all(bounds <= pairs.certificates[neurons]), "a list has a certificate too large"
             outside = np.ones(self.n_live, bool)
@@ -2641,16 +2692,8 @@ SEARCHES = {"dense": _Dense, "scan": _Scan, "tree": _Tree, "lazy": _Lazy}
 
 
 # ======================================================================================================================
-# Trainer (Algorithm 5)
+# Scaling: how any finite data become unit rows
 # ======================================================================================================================
-
-PHASES = ("seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update")
-SOLVERS = ("cholesky", "sketch", "richardson", "cg", "gradient")
-
-
-class ConvergenceWarning(RuntimeWarning):
-    """Training ended above its tolerance; the message says why and what to change."""
-
 
 # The coordinate that normalize="lift" appends, over the root mean square length of the rows. Steps to 1e-3 with shift=1.0 at
 # width 2^14, for 1, 1/2, 1/4: diabetes more than 100, 23, 19; breast cancer 47, 6, 4. Without columns of variance 1, breast
@@ -2675,7 +2718,9 @@ class _Standard(NamedTuple):
         return cls(unit, mean, np.where(deviation > 8 * np.finfo(float).eps, deviation, np.inf))
 
     def __call__(self, A):
-        return (A / self.unit - self.mean) / self.deviation
+        with np.errstate(over="ignore"):  # new data may be out of all proportion to those seen
+            A = np.clip(A / self.unit, -1e150, 1e150)
+            return np.clip((A - self.mean) / self.deviation, -1e150, 1e150)
 
     def inverse(self, A):
         return (A * np.where(np.isinf(self.deviation), 1.0, self.deviation) + self.mean) * self.unit
@@ -2687,14 +2732,15 @@ class _Scales(NamedTuple):
     x: _Standard | None
     y: _Standard | None
     lift: float  # the coordinate appended to every row; 0 for none
+    normalize: str | None  # the option of the trainer
 
     @classmethod
     def of(cls, X, y, normalize):
         if normalize is None:
-            return cls(None, None, 0.0)
+            return cls(None, None, 0.0, None)
         x = _Standard.of(X)
         length = np.sqrt(np.mean(np.sum(x(X) ** 2, axis=1))) or 1.0
-        return cls(x, _Standard.of(y), LIFT * length if normalize == "lift" else 0.0)
+        return cls(x, _Standard.of(y), LIFT * length if normalize == "lift" else 0.0, normalize)
 
     def unit_rows(self, X):
         if self.x is None:
@@ -2714,6 +2760,76 @@ class _Scales(NamedTuple):
     @property
     def y_unit(self):
         return 1.0 if self.y is None else float(self.y.inverse(1.0) - self.y.inverse(0.0))
+
+
+def _unreachable(X, y):
+    """The part of y, (n,), that no function of X can fit, its deviations from the means over equal rows; warns if any."""
+    _, group, sizes = np.unique(np.round(X, 12) + 0.0, axis=0, return_inverse=True, return_counts=True)
+    group = group.ravel()
+    deviations = y - (np.bincount(group, y) / sizes)[group]
+    deviations[np.abs(deviations) <= 1e-12 * np.abs(y).max()] = 0.0
+    if not deviations.any():
+        return deviations
+    least = np.linalg.norm(deviations) / np.linalg.norm(y)
+    first = int(np.flatnonzero(deviations)[0])
+    second = int(np.flatnonzero((group == group[first]) & (y != y[first]))[0])
+    warnings.warn(
+        f"{np.count_nonzero(deviations)} rows of X coincide with rows that have other targets, the first are {first} and "
+        f"{second}: no network brings the relative residual below {least:.3g}; merge such rows, or set tol above that",
+        UserWarning,
+        stacklevel=4,
+    )
+    return deviations
+
+
+# ======================================================================================================================
+# Saving
+# ======================================================================================================================
+
+FORMAT = "sublin network, version 1"
+SAVED = ("history_", "residual_", "n_iter_", "converged_", "shift_", "n_live_", "init_seconds_", "n_features_in_")
+
+
+def _digest(arrays):
+    """SHA-256 of named arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        digest.update(array.view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()
+
+
+def _write_whole(path, arrays):
+    """Writes an npz beside `path` and renames it, so that there is either the old file or the new one at any moment."""
+    path = os.path.abspath(path)
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix=os.path.basename(path) + ".", delete=False) as file:
+        try:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+# ======================================================================================================================
+# Trainer (Algorithm 5)
+# ======================================================================================================================
+
+PHASES = ("seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update")
+SOLVERS = ("cholesky", "sketch", "richardson", "cg", "gradient")
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """Training ended above its tolerance; the message says why and what to change."""
+
+
+def _convergence_warning():
+    """ConvergenceWarning, which is scikit-learn's too if that is in use, so that filters of either work."""
+    classes = dict.fromkeys((ConvergenceWarning, _of_sklearn("ConvergenceWarning", ConvergenceWarning)))
+    return type("ConvergenceWarning", tuple(classes), {})
 
 
 class _Stopwatch:
@@ -2759,7 +2875,7 @@ class _Damping:
         # Bold bounds: with the usual 0.75 and 0.25 diabetes at width 2^14, lift 1, is at 0.2 after 100 steps, with these at
         # 0.02; if every step that gains lowers mu, at 0.05, with two steps in three taken back.
         if gain > 0.3:
-            self._factor = max(self._factor / 4.0, 1e-9)
+            self._factor = max(self._factor / 4.0, 1e-7)
         elif gain < 0.05:
             self._factor *= 2.0
 
@@ -2807,8 +2923,8 @@ class _Progress:
     def step(self, record):
         if self.verbose and self._tqdm is None:
             print(
-                "{iteration:4d}  residual {residual:.2e}  damping {damping:.1e}  changed {changed}  flips {flips}  "
-                "{seconds:.3f} s".format(**record)
+                "{iteration:4d}  residual {residual:.2e}  damping {damping:.1e}  rejected {rejected}  changed {changed}  "
+                "flips {flips}  {seconds:.3f} s".format(**record)
             )
         elif self.verbose:
             if record["iteration"] == 0 or self._bar is None:
@@ -2821,39 +2937,6 @@ class _Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-FORMAT = "sublin network, version 1"
-SAVED = ("history_", "residual_", "n_iter_", "converged_", "shift_", "n_live_", "init_seconds_", "n_features_in_")
-
-
-def _digest(arrays):
-    """SHA-256 of named arrays."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
-        digest.update(array.view(np.uint8).data if array.size else b"")
-    return digest.hexdigest()
-
-
-def _write_whole(path, arrays):
-    """Writes an npz beside `path` and renames it, so that there is either the old file or the new one at any moment."""
-    path = os.path.abspath(path)
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix=os.path.basename(path) + ".", delete=False) as file:
-        try:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def _generator_probe(seed, d, init):
-    """The first starting weights, by which a change of NumPy's generator is noticed."""
-    return _starting_vectors(seed, 0, 2, d, init)[0].ravel()[:8]
 
 
 class SublinearTrainer:
@@ -2876,7 +2959,8 @@ class SublinearTrainer:
         "sketch"      conjugate gradients preconditioned by a sketch of J^T: the paper, end to end.
         "richardson"  the same with the paper's own iteration, which needs a larger sketch.
         "cg"          conjugate gradients, no preconditioner.
-        "gradient"    g = (f - y) / ||G_0||: gradient descent.
+        "gradient"    g = (f - y) / ||G_0||: gradient descent. damping="auto" shortens the steps where the residual would
+                      rise; a number has no effect.
         "sketch", "richardson" and "cg" stop at the relative tolerance of Algorithm 5, sqrt(lambda / n) / 6, which takes
         the smallest eigenvalue of the kernel, O(n^3), once. Their steps differ between searches within that tolerance;
         those of the exact solvers do not.
@@ -2892,7 +2976,8 @@ class SublinearTrainer:
         variance 1 too, and `predict` undoes it.
     dtype : precision of the products that "dense", "scan" and "tree" compute or keep. "float32" halves their memory
         and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always keeps its few pairs in float64.
-    tol : float, relative residual ||f - y|| / ||y|| at which training stops.
+    tol : float, relative residual ||f - y|| / ||y|| at which training stops. A wide network fits noise too: for noisy
+        targets stop early, with a larger tol, or use more damping.
     max_iter : int, largest number of steps; 0 leaves the starting network.
     random_state : None, int, numpy RandomState or Generator. The starting weights depend on it, on
         init and on d alone; a wider network extends a narrower one.
@@ -2902,12 +2987,13 @@ class SublinearTrainer:
 
     Attributes
     ----------
-    history_ : a dict for the start (iteration 0) and for each step: iteration, residual (after it), active (mean |Q_i|
-        after it), changed (|K|, neurons the step moved), looked_at (neurons whose products it read), flips (pairs that
-        crossed the threshold), inner_iterations, damping, rejected (steps taken back before it), operations (multiply-adds,
-        comparisons and moves of products),
-        seconds, and seconds by phase: seconds_query, seconds_jacobian (Gram matrix or sketch), seconds_solve,
-        seconds_update.
+    history_ : a dict for the start (iteration 0) and for each step: iteration, residual (after it), loss (half the mean
+        squared error, in the units of y squared), active (mean |Q_i| after it), changed (|K|, neurons the step moved),
+        looked_at (neurons whose products it read, again if their margins were widened), flips (pairs that crossed the
+        threshold), inner_iterations, damping, rejected (steps taken back before it), operations (multiply-adds,
+        comparisons and moves of products), seconds, and seconds by phase: seconds_query, seconds_jacobian (Gram matrix or
+        sketch), seconds_solve, seconds_update. The start has no seconds: they are init_seconds_.
+    loss_curve_ : list of the losses.
     residual_ (float), n_iter_ (int), converged_ (bool), shift_ (float), n_live_ (int, neurons active on some point at the
         start), init_seconds_ (float), signs_ (m,).
 
@@ -2972,7 +3058,7 @@ class SublinearTrainer:
 
     def __repr__(self):
         defaults = inspect.signature(type(self)).parameters
-        changed = {name: value for name, value in self.get_params().items() if value is not defaults[name].default}
+        changed = {name: value for name, value in self.get_params().items() if value != defaults[name].default}
         return f"SublinearTrainer({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
     def __sklearn_tags__(self):
@@ -2993,16 +3079,20 @@ class SublinearTrainer:
         Starts from new weights unless warm_start is True. An interrupt (Ctrl-C) in training leaves the network at the last
         whole step, ready for use, and goes on to the caller.
         """
-        shift, seed = self._check_options()
+        shift = self._check_options()
         names = _feature_names(X)
         goes_on = self.warm_start and hasattr(self, "history_")
         X = _check_features(X, self) if goes_on else _check_matrix("X", X)
         y = _check_targets(y, len(X))
-        if self.sketch_size is not None and self.sketch_size < len(X) and self.solver in ("sketch", "richardson"):
-            raise ValueError(f"sketch_size must be at least the number {len(X)} of points, got {self.sketch_size}")
+        if self.sketch_size is not None and self.solver in ("sketch", "richardson"):
+            if self.sketch_size < len(X):
+                raise ValueError(f"sketch_size must be at least the number {len(X)} of points, got {self.sketch_size}")
+            _check_memory(
+                f"a sketch with sketch_size={self.sketch_size}", 16 * self.sketch_size * len(X), "use a smaller one"
+            )
         progress = _Progress(self.verbose, self.max_iter)
         try:
-            self._go_on(X, y, shift, progress) if goes_on else self._begin(X, y, shift, seed, names, progress)
+            self._go_on(X, y, shift, progress) if goes_on else self._begin(X, y, shift, names, progress)
             self._train(progress)
         finally:
             progress.close()
@@ -3010,22 +3100,23 @@ class SublinearTrainer:
             self._warn()
         return self
 
-    def _begin(self, X, y, shift, seed, names, progress):
+    def _begin(self, X, y, shift, names, progress):
         """A new network."""
-        begin = time.perf_counter()
+        begin, seed = time.perf_counter(), _seed(self.random_state)
         scales, n_features = _Scales.of(X, y, self.normalize), X.shape[1]
         X = scales.unit_rows(X)
         draw = partial(_starting_blocks, seed, self.width, X.shape[1], self.init)
         none_moved = np.zeros(0, np.int64), np.zeros((0, X.shape[1]), np.float32), np.zeros(0)
-        search = self._new_search(X, scales.targets(y), shift, draw, none_moved, progress)
+        y = scales.targets(y)
+        unreachable = _unreachable(X, y)
+        search = self._new_search(X, y, shift, draw, none_moved, progress)
         # Nothing of this object has changed up to here, so that input that is refused leaves it as it was.
-        self._adopt(X, scales.targets(y), search)
-        self._scales, self._seed_, self.shift_, self.history_ = scales, seed, shift, []
+        self._adopt(X, y, search, unreachable)
+        self._scales, self._drawn_with, self.shift_, self.history_ = scales, seed, shift, []
         self.n_features_in_ = n_features
         vars(self).pop("feature_names_in_", None)
         if names is not None:
             self.feature_names_in_ = names
-        self.n_live_ = search.n_live
         self.init_seconds_ = time.perf_counter() - begin
 
     def _go_on(self, X, y, shift, progress):
@@ -3036,39 +3127,32 @@ class SublinearTrainer:
             ("width", self.width, network.width),
             ("init", self.init, network.init),
             ("shift", shift, network.shift),
+            ("normalize", self.normalize, self._scales.normalize),
         ):
             if now != before:
                 raise ValueError(
-                    f"{name} must stay {before} for warm_start=True to go on with the network, got {now}; "
+                    f"{name} must stay {before!r} for warm_start=True to go on with the network, got {now!r}; "
                     "use warm_start=False to begin anew"
                 )
         X, y = self._scales.unit_rows(X), self._scales.targets(y)
+        unreachable = _unreachable(X, y)
         if not (type(network) is SEARCHES[self.search] and network.dtype == self.dtype and np.array_equal(X, self._X)):
             rows = np.argsort(network.live)
             moved = network.live[rows], network._trained()(rows), network.signs[rows]
             network = self._new_search(X, y, shift, network.draw, moved, progress)
-        self._adopt(X, y, network)
+        self._adopt(X, y, network, unreachable)
         self.init_seconds_ = time.perf_counter() - begin
 
     def _new_search(self, X, y, shift, draw, moved, progress):
+        _check_memory(f"Gram matrices of {len(X)} points", 24 * len(X) ** 2, "use fewer points")
         with _serial_blas():
             XXt = X @ X.T
         return SEARCHES[self.search](X, XXt, y, shift, self.width, self.init, draw, self.dtype, moved, progress.drawn)
 
-    def _adopt(self, X, y, search):
-        self._X, self._y, self._search = X, y, search
+    def _adopt(self, X, y, search, unreachable):
+        self._X, self._y, self._search, self._unreachable = X, y, search, unreachable
         self._y_norm = np.linalg.norm(y) or 1.0
-        self._floor = 0.0
-        coinciding = _coinciding(X, y)
-        if coinciding is not None:
-            count, first, second, norm = coinciding
-            self._floor = norm / self._y_norm
-            warnings.warn(
-                f"{count} rows of X coincide with rows that have other targets, the first are {first} and {second}: no "
-                f"network brings the relative residual below {self._floor:.3g}; merge such rows, or set tol above that",
-                UserWarning,
-                stacklevel=4,
-            )
+        self.n_live_ = search.n_live
 
     def _train(self, progress):
         """Steps until the residual is at most tol, or max_iter of them."""
@@ -3091,7 +3175,9 @@ class SublinearTrainer:
     def _step(self, damping, is_last):
         """One step and its record; False if no damping makes the residual fall."""
         search, stopwatch, n = self._search, _Stopwatch(), len(self._X)
-        before, residual, J = self.residual_, search.outputs - self._y, search.jacobian()
+        before, J = self.residual_, search.jacobian()
+        # What no step can reduce is left out of g, which it would blow up as mu falls, without moving any weight.
+        residual = search.outputs - (self._y - self._unreachable)
         for rejected in range(TRIALS):
             mu = damping.value(search.pairs / (n * search.width), before)
             try:
@@ -3114,9 +3200,9 @@ class SublinearTrainer:
                     stopwatch.lap("seconds_query")
                     after = self._relative_residual()
                 if after < before or not damping.adaptive:
-                    self._flipped += flips
+                    self._flips_since_factor += flips
                     if damping.adaptive:
-                        damping.accept(before, after, np.linalg.norm(remainder) / self._y_norm)
+                        damping.accept(before, after, np.linalg.norm(remainder - self._unreachable) / self._y_norm)
                     self._record(after, stopwatch, changed, flips, inner_iterations, mu, rejected)
                     return True
                 search.undo()
@@ -3131,10 +3217,11 @@ class SublinearTrainer:
         """Says why training has ended above tol, and what to change."""
         silent = np.flatnonzero(np.diff(self.active_sets()[0]) == 0)
         last = [record["residual"] for record in self.history_[-6:]]
+        floor = np.linalg.norm(self._unreachable) / self._y_norm
         if not np.isfinite(self.residual_) or last[-1] > 1.5 * min(last):
             remedy = 'the pure step diverges; set damping="auto", or use a larger width or a smaller shift'
-        elif self.residual_ <= 1.01 * self._floor:
-            remedy = f"it cannot fall below {self._floor:.2e} since points coincide; raise tol above that, or merge them"
+        elif self.residual_ <= 1.01 * floor:
+            remedy = f"it cannot fall below {floor:.2e} since points coincide; raise tol above that, or merge them"
         elif silent.size:
             remedy = (
                 f"{silent.size} of {len(self._X)} points have no active neuron (the first is {silent[0]}), so their outputs "
@@ -3146,22 +3233,21 @@ class SublinearTrainer:
             remedy = "it has stopped falling; lower shift or raise width, for more active neurons"
         warnings.warn(
             f"relative residual {self.residual_:.2e} after {self.n_iter_} steps is above tol={self.tol:g}: {remedy}",
-            _of_sklearn("ConvergenceWarning", ConvergenceWarning),
+            _convergence_warning(),
             stacklevel=3,
         )
 
     @property
     def loss_curve_(self):
-        """Half the mean squared error at the start and after each step, in the units of y squared, as in MLPRegressor."""
+        """The losses of history_, as MLPRegressor has them."""
         self._check_fitted()
-        unit = 0.5 * (self._y_norm * self._scales.y_unit) ** 2 / len(self._X)
-        return [unit * record["residual"] ** 2 for record in self.history_]
+        return [record["loss"] for record in self.history_]
 
     def predict(self, X):
         """Outputs (k,) of the trained network at X (k, d), in the units of y.
 
-        O(k d n_live) with init="antisymmetric", whose dead neurons cancel, and O(k d m) with search="dense" or "gaussian",
-        which draws the starting weights again.
+        O(k d n_live) with init="antisymmetric", whose dead neurons cancel; O(k d m) otherwise, and with search="dense".
+        init="gaussian" draws the weights of dead neurons again.
         """
         self._check_fitted()
         X = self._scales.unit_rows(_check_features(X, self))
@@ -3229,8 +3315,8 @@ class SublinearTrainer:
         return self._search.all_signs()
 
     def _check_options(self):
-        """Raises on bad options; returns the threshold and the seed."""
-        _check_integer("width", self.width, 1)
+        """Raises on bad options; returns the threshold."""
+        _check_integer("width", self.width, 1, WIDEST)
         for name, known in (
             ("search", SEARCHES),
             ("solver", SOLVERS),
@@ -3246,15 +3332,13 @@ class SublinearTrainer:
             raise ValueError(f'init="antisymmetric" needs an even width, got {self.width}; use it +- 1, or init="gaussian"')
         if self.sketch_size is not None:
             _check_integer("sketch_size", self.sketch_size, 1)
-        if not (isinstance(self.damping, str) and self.damping == "auto"):
-            _check_real("damping", self.damping, 0.0)
+        _check_auto("damping", self.damping, 0.0)
         _check_real("tol", self.tol, 0.0)
         _check_integer("max_iter", self.max_iter, 0)
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback must be callable, got {self.callback!r}")
-        default = default_shift(self.width, self.alpha)
-        shift = default if isinstance(self.shift, str) and self.shift == "auto" else _check_real("shift", self.shift)
-        return shift, _seed(self.random_state)
+        default, shift = default_shift(self.width, self.alpha), _check_auto("shift", self.shift)
+        return default if shift == "auto" else shift
 
     def _check_fitted(self):
         if not hasattr(self, "history_"):
@@ -3264,19 +3348,19 @@ class SublinearTrainer:
     def _prepare_solver(self):
         n = len(self._X)
         self._rate = self._factor = None
-        self._flipped = 0  # pairs since the Gram matrix was factored
+        self._flips_since_factor = 0  # pairs since the Gram matrix was factored
         if self.solver in ("sketch", "richardson", "cg"):
             self._tolerance = _regression_tolerance(self._X, self.shift_)
         default = max(64 * (n + 8) if self.solver == "richardson" else 8 * n, 4 * self._X.shape[1])
         self._sketch_size = default if self.sketch_size is None else self.sketch_size
-        self._rng = np.random.default_rng(self._seed_)  # of the sketches
+        self._rng = np.random.default_rng(self._drawn_with)  # of the sketches
 
     def _solve(self, J, residual, damping, lap):
         if self.solver == "cholesky":
-            near = len(residual) >= REUSE and STALE * self._flipped <= self._search.pairs
+            near = len(residual) >= REUSE and STALE * self._flips_since_factor <= self._search.pairs
             *solved, factor = _solve_cholesky(J, residual, damping, lap, self._factor if near else None)
             if factor is not self._factor:
-                self._factor, self._flipped = factor if len(residual) >= REUSE else None, 0
+                self._factor, self._flips_since_factor = factor if len(residual) >= REUSE else None, 0
             return solved
         if self.solver == "cg":
             return _solve_cg(J, residual, damping, self._tolerance, lap)
@@ -3297,6 +3381,7 @@ class SublinearTrainer:
             {
                 "iteration": self.n_iter_,
                 "residual": self.residual_,
+                "loss": 0.5 * (self.residual_ * self._y_norm * self._scales.y_unit) ** 2 / len(self._X),
                 "active": self._search.pairs / len(self._X),
                 "changed": changed,
                 "looked_at": looked_at,
@@ -3317,7 +3402,8 @@ class SublinearTrainer:
     def _tell(self, progress):
         """Shows the last record; True if the callback asks to stop."""
         progress.step(self.history_[-1])
-        return self.callback is not None and self.callback(self.history_[-1]) is True
+        answer = self.callback(self.history_[-1]) if self.callback else None
+        return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
     def save(self, path):
         """Writes the trained network to the file `path`, an npz without pickled objects.
@@ -3327,15 +3413,17 @@ class SublinearTrainer:
         not saved, and of random_state its seed.
         """
         self._check_fitted()
+        self._check_options()  # which may have been set since, and load will check them
         network, d = self._search, self._X.shape[1]
         rows = np.arange(network.live.size)
         arrays = {
             "X": self._X,
             "y": self._y,
+            "unreachable": self._unreachable,
             "live": network.live,
             "signs": network.signs.astype(np.int8),
             "weights": network._trained()(rows),
-            "probe": _generator_probe(self._seed_, d, network.init),
+            "probe": _generator_probe(self._drawn_with, d, network.init),
         }
         for name, standard in (("x", self._scales.x), ("y", self._scales.y)):
             if standard is not None:
@@ -3344,12 +3432,14 @@ class SublinearTrainer:
             _check_memory(f"the starting weights of {network.width} neurons", network.width * d * 4)
             blocks = zip(*network.draw(lambda first, W, signs: (W, signs)), strict=True)
             arrays["starting_weights"], arrays["starting_signs"] = map(np.concatenate, blocks)
-        params = {**self.get_params(), "callback": None, "random_state": self._seed_, "width": network.width}
+        drawn = {"random_state": self._drawn_with, "width": network.width, "init": network.init}
+        params = {**self.get_params(), **drawn, "callback": None}
         about = {
             "format": FORMAT,
             "digest": _digest(arrays),
             "params": params,
             "lift": self._scales.lift,
+            "normalize": self._scales.normalize,
             "feature_names": list(getattr(self, "feature_names_in_", [])),
             **{name: getattr(self, name) for name in SAVED},
         }
@@ -3377,7 +3467,8 @@ class SublinearTrainer:
     @classmethod
     def _from_saved(cls, about, arrays):
         trainer = cls(**about["params"])
-        trainer._seed_ = trainer._check_options()[1]
+        trainer._check_options()
+        trainer._drawn_with = trainer.random_state
         for name in SAVED:
             setattr(trainer, name, about[name])
         if about["feature_names"]:
@@ -3386,17 +3477,18 @@ class SublinearTrainer:
             _Standard(*(arrays[f"{name}_{key}"] for key in _Standard._fields)) if f"{name}_unit" in arrays else None
             for name in "xy"
         )
-        trainer._scales = _Scales(x, y, about["lift"])
+        trainer._scales = _Scales(x, y, about["lift"], about["normalize"])
         X, live, weights = _check_matrix("X", arrays["X"]), arrays["live"], arrays["weights"]
-        draw = partial(_starting_blocks, trainer._seed_, trainer.width, X.shape[1], trainer.init)
+        draw = partial(_starting_blocks, trainer._drawn_with, trainer.width, X.shape[1], trainer.init)
         if "starting_weights" in arrays:
             draw = partial(_stored_blocks, arrays["starting_weights"], arrays["starting_signs"])
-        elif not np.array_equal(arrays["probe"], _generator_probe(trainer._seed_, X.shape[1], trainer.init)):
+        elif not np.array_equal(arrays["probe"], _generator_probe(trainer._drawn_with, X.shape[1], trainer.init)):
             draw = _refuse_to_draw
         signs = _check_signs(arrays["signs"]) if live.size else np.zeros(0)
         if live.shape != signs.shape or weights.shape != (live.size, X.shape[1]) or not np.isfinite(weights).all():
             raise ValueError("its arrays do not fit together")
-        _check_indices("live", live, trainer.width)
+        live = _check_indices("live", live, trainer.width) if live.size else np.zeros(0, np.int64)
+        trainer._unreachable = arrays["unreachable"]
         trainer._X, trainer._y = X, _check_vector("y", arrays["y"], size=len(X))
         trainer._y_norm = np.linalg.norm(trainer._y) or 1.0
         trainer._search = _Network(X, trainer.shift_, trainer.width, trainer.init, draw, live, signs, weights)

@@ -2125,6 +2125,89 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
 
 
 # ======================================================================================================================
+# Trainer: cases that have gone wrong
+# ======================================================================================================================
+
+
+@core
+def test_rows_are_widened_by_what_is_counted_for_them():
+    X, y = problem(12, 3)
+    options = {"shift": 0.8, "damping": 0.05, "max_iter": 2, "warm_start": True}
+    for scale in np.geomspace(0.1, 10, 8):
+        fitted = trainer(600, **options).fit(X, y).fit(X[::-1], scale * y)
+        assert fitted._search.n_live == fitted.n_live_
+        fitted.check()
+
+
+@core
+def test_steps_with_coinciding_points_and_wide_rows_are_taken_back_to_the_bit():
+    X, y = problem(30, 5)
+    X[10:20] = X[:10]
+    fitted = trainer(400, shift=0.5, damping=0.1, max_iter=1).fit(X, y)
+    weights = fitted.weights()
+    fitted._search.remember()
+    fitted._search.advance(100.0 * y, lambda phase: None)
+    assert fitted._search.widened > 0
+    fitted._search.undo()
+    np.testing.assert_array_equal(fitted.weights(), weights)
+    fitted.check()
+
+
+@core
+@searches
+def test_what_no_step_can_reduce_does_not_blow_up_the_dual_step(search):
+    X, y = problem(20, 4)
+    X[1], X[3] = X[0], X[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted = trainer(2000, search=search, shift=0.5, damping="auto", tol=0.0, max_iter=30).fit(X, y)
+    bound = np.sqrt(((y[0] - y[1]) ** 2 + (y[2] - y[3]) ** 2) / 2) / np.linalg.norm(y)
+    assert fitted.residual_ == pytest.approx(bound, rel=1e-6)
+    fitted.check()
+
+
+@core
+@searches
+def test_networks_without_live_neurons_are_saved_and_loaded(search, tmp_path):
+    X, y = problem(6, 3)
+    fitted = trainer(64, shift=30.0, search=search, damping="auto", max_iter=1).fit(X, y)
+    fitted.save(tmp_path / "net")
+    np.testing.assert_array_equal(SublinearTrainer.load(tmp_path / "net").predict(X), np.zeros(6))
+
+
+@core
+def test_options_set_after_fit_do_not_change_what_is_saved(tmp_path):
+    X, y = problem(10, 9)
+    fitted = trainer(200, shift=0.5, max_iter=2, damping=0.1).fit(X, y)
+    expected = fitted.predict(X)
+    fitted.set_params(init="gaussian", width=100, normalize="rows", shift=2.0).save(tmp_path / "net")
+    np.testing.assert_array_equal(SublinearTrainer.load(tmp_path / "net").predict(X), expected)
+    with pytest.raises(ValueError, match="search must be one of"):
+        fitted.set_params(search="Lazy").save(tmp_path / "net")
+
+
+@core
+def test_predictions_are_finite_wherever_the_data_are():
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((8, 4)), rng.standard_normal(8)
+    X[:, 2] = 1e-300
+    fitted = trainer(500, normalize="lift").fit(1e-3 * X, y)
+    far = np.full((1, 4), 1e6)
+    expected = fitted.predict(far)
+    for scale in (1e50, 1e150, 1e200, 1e302):
+        np.testing.assert_allclose(fitted.predict(scale * far), expected, rtol=1e-3)
+
+
+@core
+def test_either_kind_of_convergence_warning_can_be_filtered():
+    for category in (ConvergenceWarning, sublin.ConvergenceWarning):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", category)
+            trainer(64, max_iter=1).fit(*problem(6, 3))
+
+
+# ======================================================================================================================
 # Bad input
 # ======================================================================================================================
 
@@ -2171,7 +2254,7 @@ BAD_INPUT = [
     ),
     (fit(X=[[1.0, 2.0], [3.0]], y=[1, 2]), ValueError, r"X must be an array, but its rows have different lengths"),
     (fit(y=Y5[:4]), ValueError, r"y must have 5 entries, one for each row of X, got 4"),
-    (fit(y=np.ones((5, 2))), ValueError, r"y must have 1 dimension\(s\), got shape \(5, 2\).*y.ravel\(\)"),
+    (fit(y=np.ones((5, 2))), ValueError, r"y must have 1 dimension\(s\), got shape \(5, 2\)"),
     (fit(y=None), ValueError, r"fit requires y to be passed, but the target y is None"),
     (fit(y=[1, 2, np.nan, 4, 5]), ValueError, r"y must be finite, but y\[2\] is NaN"),
     (fit(y=["a"] * 5), TypeError, r"y must be an array of numbers, got dtype <U1"),
@@ -2193,15 +2276,21 @@ BAD_INPUT = [
     (fit(width=True), TypeError, r"width must be an integer, got True"),
     (fit(width="wide"), TypeError, r"width must be an integer, got 'wide'"),
     (fit(width=65), ValueError, r'init="antisymmetric" needs an even width, got 65; use it \+- 1, or init="gaussian"'),
-    (fit(width=2**50), MemoryError, r"[\d,.]+ GiB, but [\d,.]+ GiB are available; use fewer neurons"),
+    (fit(width=2**50), ValueError, r"width must be at most 1099511627776, got 1125899906842624"),
+    (fit(width=2**50, shift=40.0), ValueError, r"width must be at most"),
+    (fit(width=10**400), ValueError, r"width must be at most 1099511627776, got more than 2\^80"),
+    (fit(width=2**40, shift=0.5), MemoryError, r"[\d,.]+ GiB, but [\d,.]+ GiB are available; use fewer neurons"),
+    (fit(shift=10**400), ValueError, r"shift must be finite, got 1000"),
+    (fit(X=[[10**400, 1], [2, 3]], y=[1, 2]), ValueError, r"X must be finite, but has an integer beyond all floats"),
+    (fit(sketch_size=2**50, solver="sketch"), MemoryError, r"a sketch with sketch_size=1125899906842624 would need"),
     (
-        fit(width=2**50, search="lazy"),
+        fit(width=2**40, shift=0.5, search="lazy"),
         MemoryError,
-        r"live pairs of 5 points and 1125899906842624 neurons would need [\d,.]+ GiB",
+        r"live pairs of 5 points and 1099511627776 neurons would need [\d,.]+ GiB",
     ),
-    (fit(width=2**50, search="scan"), MemoryError, r"[\d,.]+ GiB, but"),
-    (fit(width=2**50, search="dense"), MemoryError, r"33,554,432\.0 GiB, but"),
-    (fit(width=2**70), MemoryError, r"[\d,.]+ GiB, but"),
+    (fit(width=2**40, search="scan"), MemoryError, r"[\d,.]+ GiB, but"),
+    (fit(width=2**40, search="dense"), MemoryError, r"32,768\.0 GiB, but"),
+    (fit(width=2**70), ValueError, r"width must be at most"),
     (fit(search="fast"), ValueError, r"search must be one of 'dense', 'scan', 'tree', 'lazy', got 'fast'"),
     (fit(search=["tree"]), ValueError, r"search must be one of 'dense', 'scan', 'tree', 'lazy', got \['tree'\]"),
     (
@@ -2218,13 +2307,13 @@ BAD_INPUT = [
     (fit(dtype="float16"), ValueError, r"dtype must be one of 'float32', 'float64', got 'float16'"),
     (fit(normalize="columns"), ValueError, r"normalize must be one of 'lift', 'rows'.*, got 'columns'"),
     (fit(shift=np.nan), ValueError, r"shift must be finite, got nan"),
-    (fit(shift="big"), TypeError, r"shift must be a number, got 'big'"),
+    (fit(shift="big"), TypeError, r"shift must be a number or \"auto\", got 'big'"),
     (fit(shift=np.ones(2)), TypeError, r"shift must be a number, got array"),
     (fit(alpha=1.0), ValueError, r"alpha must be a finite number in \[0, 1\), got 1.0"),
     (fit(alpha=-0.1), ValueError, r"alpha must be a finite number in \[0, 1\), got -0.1"),
     (fit(damping=-1), ValueError, r"damping must be a finite number in \[0, inf\), got -1"),
     (fit(damping=None), TypeError, r"damping must be a number, got None"),
-    (fit(damping="automatic"), TypeError, r"damping must be a number, got 'automatic'"),
+    (fit(damping="automatic"), TypeError, r"damping must be a number or \"auto\", got 'automatic'"),
     (fit(damping=np.nan), ValueError, r"damping must be a finite number in \[0, inf\), got nan"),
     (fit(verbose=3), ValueError, r"verbose must be one of 0, 1, 2, got 3"),
     (fit(warm_start="yes"), ValueError, r"warm_start must be one of False, True, got 'yes'"),
