@@ -1,7 +1,7 @@
 """Measures sublin and draws the figures in plots/.
 
     python bench.py               times the methods, at most 6 minutes on two cores
-    python bench.py peers         other ways to train the network, at most 12 minutes
+    python bench.py peers         other ways to train the network, at most 10 minutes
     python bench.py claims        measures every claim of the paper, at most 20 minutes
     python bench.py ... --quick       a small version of it, under a minute
     python bench.py ... --plot-only   draws the figures again from the JSON files
@@ -661,7 +661,7 @@ def measure_peers(quick):
     begin = time.perf_counter()
     keep_freed_memory()
     n, d, widths, digits_width = (16, 16, (1 << 10, 1 << 11), 1 << 10) if quick else (64, 32, (1 << 16, 1 << 18), 1 << 14)
-    limits = {"cap": 0.3, "tune_cap": 0.1} if quick else {"cap": 30.0, "tune_cap": 5.0}
+    limits = {"cap": 0.3, "tune_cap": 0.1} if quick else {"cap": 20.0, "tune_cap": 3.0}
     progress = Progress(len([name for name in PEERS if has_torch() or not name.startswith("torch")]) * (len(widths) + 1))
     random, digits = random_unit_data(n, d), digits_split(300 if quick else None)
     rates, cases = {}, {}

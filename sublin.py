@@ -2717,10 +2717,18 @@ class _Standard(NamedTuple):
         deviation = (A / unit).std(axis=0)
         return cls(unit, mean, np.where(deviation > 8 * np.finfo(float).eps, deviation, np.inf))
 
-    def __call__(self, A):
-        with np.errstate(over="ignore"):  # new data may be out of all proportion to those seen
-            A = np.clip(A / self.unit, -1e150, 1e150)
-            return np.clip((A - self.mean) / self.deviation, -1e150, 1e150)
+    def __call__(self, A, factors=1.0):
+        """Of A times the `factors` of its rows, which are to be applied to 1 as well."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            columns = (A * factors / self.unit - self.mean * factors) / self.deviation
+        return np.where(np.isinf(self.deviation), 0.0, columns)
+
+    def shrinking(self, A):
+        """A factor for each row (k, 1) that keeps squares in range: 1 unless the row is out of all proportion to those seen."""
+        with np.errstate(divide="ignore"):
+            size = np.log2(np.abs(A)) - np.log2(self.unit)
+        largest = np.where(np.isinf(self.deviation), -np.inf, size).max(axis=1, keepdims=True)
+        return np.exp2(np.minimum(0.0, 400.0 - largest))
 
     def inverse(self, A):
         return (A * np.where(np.isinf(self.deviation), 1.0, self.deviation) + self.mean) * self.unit
@@ -2745,9 +2753,10 @@ class _Scales(NamedTuple):
     def unit_rows(self, X):
         if self.x is None:
             return _check_unit_rows(X.copy())
-        X = self.x(X)
+        factors = self.x.shrinking(X)
+        X = self.x(X, factors)
         if self.lift:
-            X = np.column_stack([X, np.full(len(X), self.lift)])
+            X = np.column_stack([X, self.lift * factors])
         return X / _check_row_lengths(X)
 
     def targets(self, y):
@@ -3377,11 +3386,13 @@ class SublinearTrainer:
         self.n_iter_ = len(self.history_)
         self._reached(residual)
         operations, looked_at = self._search.take_counts()
+        with np.errstate(over="ignore"):
+            loss = float(np.square(self.residual_ * self._y_norm * self._scales.y_unit / np.sqrt(2 * len(self._X))))
         self.history_.append(
             {
                 "iteration": self.n_iter_,
                 "residual": self.residual_,
-                "loss": 0.5 * (self.residual_ * self._y_norm * self._scales.y_unit) ** 2 / len(self._X),
+                "loss": loss,
                 "active": self._search.pairs / len(self._X),
                 "changed": changed,
                 "looked_at": looked_at,
@@ -3427,7 +3438,7 @@ class SublinearTrainer:
         }
         for name, standard in (("x", self._scales.x), ("y", self._scales.y)):
             if standard is not None:
-                arrays |= {f"{name}_{key}": np.atleast_1d(value) for key, value in standard._asdict().items()}
+                arrays |= {f"{name}_{key}": np.asarray(value) for key, value in standard._asdict().items()}
         if network.init == "gaussian" and network.live.size < network.width:
             _check_memory(f"the starting weights of {network.width} neurons", network.width * d * 4)
             blocks = zip(*network.draw(lambda first, W, signs: (W, signs)), strict=True)
