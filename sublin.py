@@ -2724,7 +2724,7 @@ class _Standard(NamedTuple):
         return np.where(np.isinf(self.deviation), 0.0, columns)
 
     def shrinking(self, A):
-        """A factor for each row (k, 1) that keeps squares in range: 1 unless the row is out of all proportion to those seen."""
+        """A factor for each row (k, 1) that keeps squares in range; 1 unless the row is out of all proportion."""
         with np.errstate(divide="ignore"):
             size = np.log2(np.abs(A)) - np.log2(self.unit)
         largest = np.where(np.isinf(self.deviation), -np.inf, size).max(axis=1, keepdims=True)
@@ -2880,7 +2880,7 @@ class _Damping:
 
     def accept(self, before, after, promised):
         """Told the residuals before and after the step, and after it in the linear model."""
-        gain = (before**2 - after**2) / max(before**2 - promised**2, np.finfo(float).tiny)
+        gain = (1.0 - (after / before) ** 2) / max(1.0 - (promised / before) ** 2, np.finfo(float).tiny)
         # Bold bounds: with the usual 0.75 and 0.25 diabetes at width 2^14, lift 1, is at 0.2 after 100 steps, with these at
         # 0.02; if every step that gains lowers mu, at 0.05, with two steps in three taken back.
         if gain > 0.3:
@@ -3101,8 +3101,14 @@ class SublinearTrainer:
             )
         progress = _Progress(self.verbose, self.max_iter)
         try:
-            self._go_on(X, y, shift, progress) if goes_on else self._begin(X, y, shift, names, progress)
-            self._train(progress)
+            if goes_on:
+                self._go_on(X, y, shift, progress)
+                stopped = False
+            else:
+                self._begin(X, y, shift, names, progress)
+                stopped = self._tell(progress)
+            if not stopped:
+                self._train(progress)
         finally:
             progress.close()
         if not self.converged_ and self.max_iter > 0:
@@ -3120,13 +3126,15 @@ class SublinearTrainer:
         unreachable = _unreachable(X, y)
         search = self._new_search(X, y, shift, draw, none_moved, progress)
         # Nothing of this object has changed up to here, so that input that is refused leaves it as it was.
-        self._adopt(X, y, search, unreachable)
-        self._scales, self._drawn_with, self.shift_, self.history_ = scales, seed, shift, []
-        self.n_features_in_ = n_features
-        vars(self).pop("feature_names_in_", None)
-        if names is not None:
-            self.feature_names_in_ = names
-        self.init_seconds_ = time.perf_counter() - begin
+        with _uninterrupted():
+            self._adopt(X, y, search, unreachable, begin)
+            self._scales, self._drawn_with, self.shift_, self.history_ = scales, seed, shift, []
+            self.n_features_in_ = n_features
+            vars(self).pop("feature_names_in_", None)
+            if names is not None:
+                self.feature_names_in_ = names
+            damping = self.damping if isinstance(self.damping, (int, float)) else 0.0
+            self._record(self._relative_residual(), _Stopwatch(), damping=damping)
 
     def _go_on(self, X, y, shift, progress):
         """The weights as they are, perhaps other points, targets or methods."""
@@ -3149,8 +3157,9 @@ class SublinearTrainer:
             rows = np.argsort(network.live)
             moved = network.live[rows], network._trained()(rows), network.signs[rows]
             network = self._new_search(X, y, shift, network.draw, moved, progress)
-        self._adopt(X, y, network, unreachable)
-        self.init_seconds_ = time.perf_counter() - begin
+        with _uninterrupted():
+            self._adopt(X, y, network, unreachable, begin)
+            self._reached(self._relative_residual())
 
     def _new_search(self, X, y, shift, draw, moved, progress):
         _check_memory(f"Gram matrices of {len(X)} points", 24 * len(X) ** 2, "use fewer points")
@@ -3158,22 +3167,15 @@ class SublinearTrainer:
             XXt = X @ X.T
         return SEARCHES[self.search](X, XXt, y, shift, self.width, self.init, draw, self.dtype, moved, progress.drawn)
 
-    def _adopt(self, X, y, search, unreachable):
+    def _adopt(self, X, y, search, unreachable, begin):
         self._X, self._y, self._search, self._unreachable = X, y, search, unreachable
         self._y_norm = np.linalg.norm(y) or 1.0
-        self.n_live_ = search.n_live
+        self.n_live_, self.init_seconds_ = search.n_live, time.perf_counter() - begin
 
     def _train(self, progress):
         """Steps until the residual is at most tol, or max_iter of them."""
         self._prepare_solver()
-        damping = _Damping(self.damping)
-        if self.history_:
-            self._reached(self._relative_residual())
-            stopped = False
-        else:
-            self._record(self._relative_residual(), _Stopwatch(), damping=0.0 if damping.adaptive else self.damping)
-            stopped = self._tell(progress)
-        last = self.n_iter_ + self.max_iter
+        damping, stopped, last = _Damping(self.damping), False, self.n_iter_ + self.max_iter
         while not (stopped or self.converged_ or self.n_iter_ >= last) and np.isfinite(self.residual_):
             before = self.residual_
             if not self._step(damping, self.n_iter_ + 1 == last):
