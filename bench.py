@@ -889,7 +889,8 @@ def draw_phases(data, path):
             bottom += 100 * part
         for place, total in zip(places, totals, strict=True):
             if place % 2 == 0:
-                axis.text(place, 101, f"{1e3 * total:#.2g}".rstrip("."), ha="center", fontsize=10)
+                label = f"{1e3 * total:.0f}" if total >= 1e-2 else f"{1e3 * total:.1f}"
+                axis.text(place, 101, label, ha="center", fontsize=10)
         axis.set_xticks(places[::2], [power_label(cell["width"]) for cell in sweep[::2]])
         axis.set_xlabel("width m")
         axis.set_title(METHODS[name].label, pad=16)
@@ -916,8 +917,10 @@ def draw_work(data, path):
     axis.plot(places, flips, color="#777777", linestyle=":", marker=".", label="pairs (neuron, point) that did flip")
     for record, place in zip(steps, looked_at, strict=True):
         share = 100 * record["looked_at"] / data["n_live"]
-        text = f"{record['looked_at']:,}" if share < 0.1 else f"{share:.3g} % of live neurons"
-        axis.annotate(text, (record["iteration"], place), textcoords="offset points", xytext=(8, 6), fontsize=10)
+        text = f"{record['looked_at']:,}" if share < 0.1 else f"{share:.2g} % of live neurons"
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        place = record["iteration"], place
+        axis.annotate(text, place, textcoords="offset points", xytext=(12, -3), fontsize=10, bbox=white)
     axis.set_yscale("log")
     axis.set_xticks(places)
     axis.set_xlim(0.8, places[-1] + 0.9)
@@ -945,9 +948,9 @@ def draw_digits(data, path):
     axes[0].set_yscale("log")
     axes[0].set_ylabel("relative residual |f - y| / |y|")
     axes[0].set_xlabel("Gauss-Newton steps")
-    axes[0].set_title("The same steps ...")
+    axes[0].set_title("The same steps")
     axes[1].set_xlabel("seconds, initialisation included (median)")
-    axes[1].set_title("... in less time")
+    axes[1].set_title("Their time")
     axes[0].legend()
     figure.suptitle(f"Digits, odd against even: n = {data['n']}, width {power_label(data['width'])}, float64", fontsize=12)
     figure.savefig(path)

@@ -3498,7 +3498,12 @@ class SublinearTrainer:
         elif not np.array_equal(arrays["probe"], _generator_probe(trainer._drawn_with, X.shape[1], trainer.init)):
             draw = _refuse_to_draw
         signs = _check_signs(arrays["signs"]) if live.size else np.zeros(0)
-        if live.shape != signs.shape or weights.shape != (live.size, X.shape[1]) or not np.isfinite(weights).all():
+        fits = live.shape == signs.shape and weights.shape == (live.size, X.shape[1]) and np.isfinite(weights).all()
+        if "starting_weights" in arrays:
+            starting = arrays["starting_weights"]
+            fits &= starting.shape == (trainer.width, X.shape[1]) and np.isfinite(starting).all()
+            fits &= _check_signs(arrays["starting_signs"]).size == trainer.width
+        if not fits:
             raise ValueError("its arrays do not fit together")
         live = _check_indices("live", live, trainer.width) if live.size else np.zeros(0, np.int64)
         trainer._unreachable = arrays["unreachable"]
