@@ -2205,6 +2205,10 @@ def draw_shift(data, path):
     save(figure, path)
 
 
+def times_as_long(ratio):
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2f}"
+
+
 def draw_winners(axis, cells, key):
     """A map of the fastest method, and how many times as long the next one and dense take."""
     counts, widths = sorted(distinct(cells, "n")), sorted(distinct(cells, "width"))
@@ -2215,8 +2219,8 @@ def draw_winners(axis, cells, key):
         if cell["converged"]:
             name, times = fastest(cell, key)
             ratios = sorted(seconds / times[name] for seconds in times.values())
-            label = f"{METHODS[name].label}\nnext ×{ratios[1]:.2f}"
-            label += f"\ndense ×{times['dense'] / times[name]:.2f}" if name != "dense" else ""
+            label = f"{METHODS[name].label}\nnext ×{times_as_long(ratios[1])}"
+            label += f"\ndense ×{times_as_long(times['dense'] / times[name])}" if name != "dense" else ""
             axis.add_patch(plt.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colours[name], alpha=0.45))
         axis.text(column, row, label, ha="center", va="center", fontsize=9)
     map_axes(axis, counts, widths)
