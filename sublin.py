@@ -3226,7 +3226,7 @@ class SublinearTrainer:
 
     def _warn(self):
         """Says why training has ended above tol, and what to change."""
-        silent = np.flatnonzero(np.diff(self.active_sets()[0]) == 0)
+        silent = np.flatnonzero(self._search.jacobian().active_counts() == 0)
         last = [record["residual"] for record in self.history_[-6:]]
         floor = np.linalg.norm(self._unreachable) / self._y_norm
         if not np.isfinite(self.residual_) or last[-1] > 1.5 * min(last):
