@@ -2043,9 +2043,6 @@ class _CountedJacobian(SparseJacobian):
 # ======================================================================================================================
 # Searches: where the active pairs are found, and the weights moved
 # ======================================================================================================================
-#
-# A neuron that is active on no training point has no gradient, so it never moves and never wakes. The *live* neurons,
-# active on some point at the start, are therefore the only ones that training changes.
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
@@ -2435,7 +2432,6 @@ class _Lazy(_Search):
 
     def _start(self, y, draw, moved, weights, moved_signs):
         n, d = self.X.shape
-        X32 = self.X.astype(np.float32)
         # No float32 product is further from the float64 one than this; a normal number is below 8.3 (NumPy's ziggurat).
         rounding = (d + 4) * np.finfo(np.float32).eps * 8.3 * np.sqrt(d)
         largest = np.finfo(np.float32).max
@@ -2452,7 +2448,7 @@ class _Lazy(_Search):
             found = []
             for low in range(0, len(vectors), piece):
                 some = vectors[low : low + piece]
-                products = some @ X32.T
+                products = some @ self._data.X32.T
                 active, thresholds, tracked = _thresholds(products, least_active, pull, cross, lowered_shift)
                 numbers = first + copies * (low + np.arange(len(some)))
                 rows = np.flatnonzero((active > 0) & ~np.isin(numbers, moved) if moved.size else active)
