@@ -130,6 +130,24 @@ def _run(kernel, work, *arguments):
 
 
 @cache
+def _pool(process):
+    """Threads that wait for work, of this process: a fork inherits the object without its threads."""
+    return ThreadPoolExecutor(numba.config.NUMBA_NUM_THREADS)
+
+
+def _over_chunks(task, work, most=CHUNKS):
+    """[task(thread, low, high), ...] for shares low, ..., high - 1 of the chunks, at once: in `most` threads at most, and in
+    one if fewer than 2^16 numbers are touched.
+
+    For kernels that let go of the interpreter. Compiled with prange, those of one fit took twice as long to compile.
+    """
+    threads = min(most, numba.get_num_threads()) if work >= 1 << 16 else 1
+    shares = [(thread, CHUNKS * thread // threads, CHUNKS * (thread + 1) // threads) for thread in range(threads)]
+    others = [_pool(os.getpid()).submit(task, *share) for share in shares[1:]]
+    return [task(*shares[0]), *(other.result() for other in others)]
+
+
+@cache
 def _openblas_threads():
     """(getter, setter) of the number of threads, for each OpenBLAS in the wheels of NumPy and SciPy; else none."""
     controls = []
@@ -952,24 +970,24 @@ def _coactivity(active, n, bands):
     return counts
 
 
-TILE = 64
+TILE = 256
 
 
-@njit(parallel=True, cache=True)
 def _gram(XXt, counts, width):
     """(X X^T) o C / m, where C[i, j] is the sum of the `counts[:, i, j]` and, if i and j differ, the `counts[:, j, i]`."""
-    n = len(XXt)
     gram = np.empty_like(XXt)
-    tiles = -(-n // TILE)  # of the matrix; a tile and its mirror image stay in cache
-    for k in prange(tiles):
-        high = k // 2 if k % 2 == 0 else tiles - 1 - k // 2  # short rows with long ones
-        for low in range(high + 1):
-            for i in range(high * TILE, min(n, high * TILE + TILE)):
-                for j in range(low * TILE, min(i + 1, low * TILE + TILE)):
-                    count = 0
-                    for part in range(len(counts)):
-                        count += counts[part, i, j] + (counts[part, j, i] if i != j else 0)
-                    gram[i, j] = gram[j, i] = XXt[i, j] * count / width
+
+    def fill(_, low, high):
+        for first in range(len(XXt) * low // CHUNKS, len(XXt) * high // CHUNKS, TILE):
+            rows = slice(first, min(first + TILE, len(XXt) * high // CHUNKS))
+            shared = counts[:, rows].sum(axis=0, dtype=np.int64)
+            for part in counts:
+                shared += part[:, rows].T
+            np.einsum("ii->i", shared[:, rows])[:] //= 2
+            np.multiply(XXt[rows], shared, out=gram[rows])
+            gram[rows] /= width
+
+    _over_chunks(fill, counts.size)
     return gram
 
 
@@ -1035,7 +1053,7 @@ class SparseJacobian(LinearOperator):
         Beyond n = 1000 the counts are made in n^2 / 2^19 bands, and every band passes over the active sets once more.
         """
         counts = _coactivity_of(self.active, len(self.X))
-        return _run(_gram, counts.size, self._XXt, counts[None], self.width)
+        return _gram(self._XXt, counts[None], self.width)
 
     def active_counts(self):
         """|Q_i| for every point (n,)."""
@@ -1546,16 +1564,29 @@ NOTES = 1 << 14  # flips, or points beside them, that are gathered before they a
 class Scratch(NamedTuple):
     """What _look writes, one for each thread."""
 
-    moved_by: np.ndarray  # (n + 1,) int64, points with a gamma that is not zero
+    moved_by: np.ndarray  # (n + 1,) int32, points with a gamma that is not zero
     factors: np.ndarray  # (n + 1,) by which they have moved the weights
     w: np.ndarray  # (d,) dw_r
     w32: np.ndarray  # (d,) float32
-    moves: np.ndarray  # (n,) of the products
+    excess: np.ndarray  # (n,) of products over b
+    candidates: np.ndarray  # (n + 1,) int32, pairs that may have flipped, by where they stand in the row
     noted: np.ndarray  # (NOTES + n, 3) int32, flips that are not counted yet: point, +1 or -1, note
     stayed: np.ndarray  # (NOTES + n,) int32, points on which their neurons are active as before
     note_ends: np.ndarray  # (2, NOTES + n) int32, where each note, of one neuron, ends in those two
-    written: np.ndarray  # (2,) numbers of notes and of entries of the journal
-    journal: np.ndarray  # (room,) FLIP
+
+    @classmethod
+    def of(cls, n, d):
+        return cls(
+            moved_by=np.empty(n + 1, np.int32),
+            factors=np.empty(n + 1),
+            w=np.empty(d),
+            w32=np.empty(d, np.float32),
+            excess=np.empty(n),
+            candidates=np.empty(n + 1, np.int32),
+            noted=np.empty((NOTES + n, 3), np.int32),
+            stayed=np.empty(NOTES + n, np.int32),
+            note_ends=np.zeros((2, NOTES + n), np.int32),
+        )
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -1627,19 +1658,51 @@ def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
     return live[:found], sizes[:found], margins[:found], points[:free], exact[:free]
 
 
-@njit(cache=True)
-def _below(certificates, neurons, distance, out):
-    """Writes those of the neurons whose certificates, given in the same order, are at most `distance`; returns their
-    number."""
-    found = 0
-    for z in range(neurons.size):  # always written, kept if it counts: no branch to mispredict
-        out[found] = neurons[z]
-        found += certificates[z] <= distance
+@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+def _run_out(pairs, rung, edges, distance, horizon, path, near, due, due_ends):
+    """Of the neurons edges[0], ..., edges[-1] - 1 of a rung, writes those whose certificates are at most `horizon` to the
+    front of `near`, from edges[0] on, and returns their end. Of each chunk it writes those whose slack is used up to `due`
+    and where they end, and new certificates for those whose certificates ran out and whose slack did not.
+    """
+    rows, certificates, points, _, _, active = pairs
+    found = edges[0]
+    for chunk in range(edges.size - 1):
+        first_near, last = found, edges[chunk]
+        for z in range(edges[chunk], edges[chunk + 1]):  # always written, kept if it counts: no branch to mispredict
+            near[found] = rung.neurons[z]
+            found += rung.bounds[z] <= horizon
+        for z in range(first_near, found):
+            due[last] = near[z]
+            last += certificates[near[z]] <= distance
+        used_up = edges[chunk]
+        for z in range(edges[chunk], last):
+            q = due[z]
+            first, reach, limit = rows[q].start, rows[q].reach, rows[q].limit
+            k, gone = 0, 0.0
+            for e in range(first, first + reach):
+                k += active[e]
+                gone += path[points[e]] if active[e] else 0.0
+            due[used_up] = q
+            if gone < limit:
+                certificates[q] = (distance + (limit - gone) / k) * (1.0 - 1e-15)
+            else:
+                used_up += 1
+        due_ends[chunk] = used_up
     return found
 
 
-@njit(cache=True)
-def _count_flips(counts, flips, stayed, note_ends):
+@njit(cache=True, nogil=True)
+def _still_near(certificates, neurons, horizon, near, bounds):
+    """Writes those of the neurons whose certificates are at most `horizon`, and these; returns both."""
+    found = 0
+    for q in neurons:
+        near[found], bounds[found] = q, certificates[q]
+        found += bounds[found] <= horizon
+    return near[:found], bounds[:found]
+
+
+@njit(cache=True, nogil=True)
+def _count_flips(counts, flips, stayed, note_ends, notes):
     """Adds to the numbers |Q_i n Q_j| of neurons that two points share what flips have changed.
 
     Note z is of one neuron: flips note_ends[0, z], ..., note_ends[0, z + 1] - 1 and, of stayed, what is between those of
@@ -1648,10 +1711,11 @@ def _count_flips(counts, flips, stayed, note_ends):
     is in cache: 70 instead of 550 ns a flip on digits, where a neuron is active on 150 of 1797 points.
     """
     firsts = np.zeros(len(counts) + 1, np.int64)
-    for z in range(note_ends[0, -1]):
+    order = np.empty(note_ends[0, notes], np.int32)
+    for z in range(order.size):
         firsts[flips[z, 0] + 1] += 1
-    firsts = np.cumsum(firsts)
-    order = np.empty(firsts[-1], np.int32)
+    for i in range(1, len(counts)):
+        firsts[i + 1] += firsts[i]
     for z in range(order.size):
         j = flips[z, 0]
         order[firsts[j]] = z
@@ -1662,26 +1726,6 @@ def _count_flips(counts, flips, stayed, note_ends):
             counts[j, stayed[s]] += sign
         for u in range(note_ends[0, note], z + 1):
             counts[j, flips[u, 0]] += (sign + flips[u, 1]) >> 1  # two that flip in opposite directions share nothing
-
-
-@njit(cache=True, fastmath=FAST)
-def _used_up(pairs, due, distance, path):
-    """Writes those of the neurons `due` whose slack is used up to its front, and new certificates for the others; returns
-    how many are."""
-    rows, certificates, points, _, _, active = pairs
-    found = 0
-    for q in due:
-        first, reach, limit = rows[q].start, rows[q].reach, rows[q].limit
-        k, gone = 0, 0.0
-        for e in range(first, first + reach):
-            k += active[e]
-            gone += path[points[e]] if active[e] else 0.0
-        due[found] = q
-        if gone < limit:
-            certificates[q] = (distance + (limit - gone) / k) * (1.0 - 1e-15)
-        else:
-            found += 1
-    return found
 
 
 @njit(cache=True, fastmath=FAST)
@@ -1705,188 +1749,147 @@ def _combine(factors, rows, count, X, w):
 
 
 @njit(cache=True, fastmath=FAST)
-def _dots(X, rows, first, count, w, out):
-    """out[e] = <X[rows[first + e]], w> for e < count."""
+def _add_products(X, w, points, first, count, excess):
+    """excess[e] += <X[points[first + e]], w> for e < count."""
     d = X.shape[1]
     for e in range(0, count - 3, 4):  # four sums that do not wait for each other: 360 instead of 640 ns for 46 rows, d = 64
-        i0, i1, i2, i3 = rows[first + e], rows[first + e + 1], rows[first + e + 2], rows[first + e + 3]
+        i0, i1, i2, i3 = points[first + e], points[first + e + 1], points[first + e + 2], points[first + e + 3]
         p0 = p1 = p2 = p3 = w.dtype.type(0)
         for z in range(d):
             p0 += w[z] * X[i0, z]
             p1 += w[z] * X[i1, z]
             p2 += w[z] * X[i2, z]
             p3 += w[z] * X[i3, z]
-        out[e], out[e + 1], out[e + 2], out[e + 3] = p0, p1, p2, p3
+        excess[e] += p0
+        excess[e + 1] += p1
+        excess[e + 2] += p2
+        excess[e + 3] += p3
     for e in range(count - count % 4, count):
-        product, i = w.dtype.type(0), rows[first + e]
+        product, i = w.dtype.type(0), points[first + e]
         for z in range(d):
             product += w[z] * X[i, z]
-        out[e] = product
+        excess[e] += product
 
 
-@njit(cache=True, fastmath=FAST, error_model="numpy")
-def _look(pairs, due, distance, sums, path, data, counts, outputs, tally, scratch):
-    """Checks the neurons `due`, and reads the rows of those whose slack is used up: finds the flips, adds what they change
-    to the `counts` of |Q_i n Q_j| and to the outputs f, and makes out new certificates.
+@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outputs, tally, scratch, journal):
+    """Reads the rows of the neurons due[edges[chunk]:due_ends[chunk]] of every chunk: finds the flips, adds what they change
+    to the `counts` of |Q_i n Q_j| and to the outputs f of the chunk, and makes out new certificates.
+
+    Flips are written to the journal, if it has room; returns how many.
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
-    # operations, on which the threads would wait (145 instead of 43 ns a row).
+    # operations (145 instead of 43 ns a row, when threads waited for each other's).
     rows, certificates, points, products, base, active = pairs
     X, X32, XXt, cross, largest_cross, shift, unit, gather = data
     d = X.shape[1]
-    moved_by, factors, w, w32, moves, noted, stayed, note_ends, written, journal = scratch
+    moved_by, factors, w, w32, excess, candidates, noted, stayed, note_ends = scratch
     inverse = -1.0 / largest_cross
-    operations = flips = woken = shorts = 0
-    notes, entries = written
-    for q in due:
-        row = rows[q]
-        first, size, reach, scale = row.start, row.count, row.reach, -unit * row.sign
-        k, c, bound, gone = 0, 0, 0.0, 0.0
-        for e in range(first, first + reach):  # always written, kept if it counts: no branch to mispredict
-            j = points[e]
-            gamma = base[e] + (sums[j] if active[e] else 0.0)
-            moved_by[c], factors[c] = j, scale * gamma
-            bound += abs(factors[c]) * cross[j]
-            c += gamma != 0.0
-            k += active[e]
-            gone += path[j] if active[e] else 0.0
-        through_X, tolerance = gather * c * size > (c + size) * d, 0.0
-        if through_X:
-            length = (1.0 + 2e-6) * _combine(factors, moved_by, c, X, w)
-            for z in range(d):
-                w32[z] = w[z]
-            bound = min(bound, length)
-            tolerance = (d + 4) * 2.0**-24 * length
-            operations += c * d
-        stop = reach
-        end = size
-        while stop < end:  # bisection
-            middle = (stop + end) // 2
-            if products[first + middle] >= shift - bound:
-                stop = middle + 1
-            else:
-                end = middle
-        if through_X:
-            _dots(X32, points, first, stop, w32, moves)
-        else:
+    notes = entries = 0
+    for chunk in range(edges.size - 1):
+        for place in range(edges[chunk], due_ends[chunk]):
+            q = due[place]
+            row = rows[q]
+            first, size, reach, scale = row.start, row.count, row.reach, -unit * row.sign
+            k, c, bound, gone = 0, 0, 0.0, 0.0
+            for e in range(first, first + reach):  # always written, kept if it counts: no branch to mispredict
+                j = points[e]
+                gamma = base[e] + (sums[j] if active[e] else 0.0)
+                moved_by[c], factors[c] = j, scale * gamma
+                bound += abs(factors[c]) * cross[j]
+                c += gamma != 0.0
+                k += active[e]
+                gone += path[j] if active[e] else 0.0
+            through_X, tolerance = gather * c * size > (c + size) * d, 0.0
+            if through_X:
+                length = (1.0 + 2e-6) * _combine(factors, moved_by, c, X, w)
+                for z in range(d):
+                    w32[z] = w[z]
+                bound = min(bound, length)
+                tolerance = (d + 4) * 2.0**-24 * length
+            stop, end = reach, size
+            while stop < end:  # bisection
+                middle = (stop + end) // 2
+                if products[first + middle] >= shift - bound:
+                    stop = middle + 1
+                else:
+                    end = middle
             for e in range(stop):
-                move, j = 0.0, points[first + e]
-                for a in range(c):
-                    move += factors[a] * XXt[j, moved_by[a]]
-                moves[e] = move
-        operations += stop * (d if through_X else c)
-        # Slack of the products from `stop` on, none of which has moved by more than `bound`; negative if one that is not
-        # tracked may be active.
-        rest = (bound - (shift - products[first + stop] if stop < size else row.margin)) * inverse
-        slack = rest
-        for e in range(stop):
-            excess = products[first + e] + moves[e] - shift
-            slack = min(slack, excess if active[first + e] else excess * inverse)
-        still = k
-        if slack <= tolerance:  # a flip, or within rounding of one: every pair is decided in float64
-            slack, gone, still = rest, 0.0, 0
-            turned, kept = note_ends[0, notes], note_ends[1, notes]
-            for e in range(first, first + stop):
-                excess, j, was_active = products[e] + moves[e - first] - shift, points[e], active[e]
-                if (excess >= 0.0) != was_active or not abs(excess) > tolerance:
-                    if through_X:
-                        excess = products[e] - shift
+                excess[e] = products[first + e] - shift
+            if through_X:
+                _add_products(X32, w32, points, first, stop, excess)
+            else:
+                for e in range(stop):
+                    move, j = 0.0, points[first + e]
+                    for a in range(c):
+                        move += factors[a] * XXt[j, moved_by[a]]
+                    excess[e] += move
+            # Slack of the products from `stop` on, none of which has moved by more than `bound`; negative if one that is not
+            # tracked may be active.
+            rest = (bound - (shift - products[first + stop] if stop < size else row.margin)) * inverse
+            slack, still, turned, kept = rest, k, note_ends[0, notes], note_ends[1, notes]
+            for e in range(stop):
+                slack = min(slack, excess[e] if active[first + e] else excess[e] * inverse)
+            if slack <= tolerance:  # a flip, or within rounding of one: such pairs are decided in float64
+                found = reach
+                for e in range(reach):
+                    candidates[e] = e
+                slack = rest
+                for e in range(reach, stop):
+                    slack = min(slack, excess[e] * inverse if excess[e] < -tolerance else np.inf)
+                for e in range(reach, stop):
+                    candidates[found] = e
+                    found += not excess[e] < -tolerance
+                gone, still = 0.0, 0
+                for s in range(found):
+                    e = first + candidates[s]
+                    j, above, was_active = points[e], excess[candidates[s]], active[e]
+                    if through_X and ((above >= 0.0) != was_active or not abs(above) > tolerance):
+                        above = products[e] - shift
                         for z in range(d):
-                            excess += w[z] * X[j, z]
-                    if (excess >= 0.0) != was_active:
-                        outputs[j] -= scale * abs(excess)
+                            above += w[z] * X[j, z]
+                    is_active = above >= 0.0
+                    if is_active != was_active:
+                        outputs[chunk, j] -= scale * abs(above)
                         if journal.size:
                             flip = journal[entries]
                             flip.neuron, flip.point, flip.earlier = q, j, base[e]
                             entries += 1
                         base[e] += sums[j] if was_active else -sums[j]
-                        active[e] = not was_active
-                        noted[turned, 0], noted[turned, 1], noted[turned, 2] = j, -1 if was_active else 1, notes
+                        active[e] = is_active
+                        noted[turned, 0], noted[turned, 1], noted[turned, 2] = j, 1 if is_active else -1, notes
                         turned += 1
-                        reach = max(reach, e + 1 - first)
-                is_active = excess >= 0.0
-                stayed[kept] = j
-                kept += is_active and was_active
-                still += is_active
-                gone += path[j] if is_active else 0.0
-                slack = min(slack, excess if is_active else excess * inverse)
-            row.reach = reach
-            woken += int(still > 0) - int(k > 0)
+                        reach = max(reach, candidates[s] + 1)
+                    stayed[kept] = j
+                    kept += is_active and was_active
+                    still += is_active
+                    gone += path[j] if is_active else 0.0
+                    slack = min(slack, above if is_active else above * inverse)
+                row.reach = reach
+            tally[chunk, OPERATIONS] += (c + stop) * d if through_X else (c + 1) * stop
             if turned > note_ends[0, notes]:
-                flips += turned - note_ends[0, notes]
+                new = turned - note_ends[0, notes]
+                tally[chunk, WOKEN] += int(still > 0) - int(k > 0)
+                tally[chunk, FLIPS] += new
+                tally[chunk, OPERATIONS] += new * (kept - note_ends[1, notes])
                 notes += 1
                 note_ends[0, notes], note_ends[1, notes] = turned, kept
-                operations += (turned - note_ends[0, notes - 1]) * (kept - note_ends[1, notes - 1])
                 if max(turned, kept) >= NOTES:
-                    _count_flips(counts, noted, stayed, note_ends[:, : notes + 1])
+                    _count_flips(counts, noted, stayed, note_ends, notes)
                     notes = 0
-        if rest < 0.0:
-            certificates[q] = row.limit = -np.inf
-            row.margin = max(row.margin, bound)  # at least what it would have taken
-            shorts += 1
-        elif still > 0:
-            slack = max(0.0, slack - tolerance) * (1.0 - 3e-6)  # rows of X may be longer than 1 by 1e-6
-            certificates[q] = (distance + slack / still) * (1.0 - 1e-15)  # rounded down, however long the way so far
-            row.limit = (gone + slack) * (1.0 - 1e-15)
-        else:
-            certificates[q] = np.inf
-    tally[LOOKED_AT] += due.size
-    tally[FLIPS] += flips
-    tally[WOKEN] += woken
-    tally[SHORT] += shorts
-    tally[OPERATIONS] += operations
-    written[0], written[1] = notes, entries
-
-
-@njit(parallel=True, cache=True)
-def _walk(
-    pairs,
-    neurons,
-    bounds,
-    distance,
-    horizon,
-    sums,
-    path,
-    data,
-    counts,
-    outputs,
-    tallies,
-    near,
-    near_sizes,
-    journals,
-    entries,
-):
-    """_look at those of `neurons` whose certificates, bounded below by `bounds`, ran out; then writes those whose
-    certificates are at most `horizon` to near, in CHUNKS pieces of near_sizes.
-
-    Outputs and tallies are added up in CHUNKS parts, and counts, which are whole numbers, in one for each thread; so are
-    journals of flips, `entries` of them, unless they have no room.
-    """
-    for thread in prange(len(counts)):
-        due = np.empty(neurons.size // CHUNKS + 1, np.int32)
-        n, d = data.X.shape
-        scratch = Scratch(
-            moved_by=np.empty(n + 1, np.int64),
-            factors=np.empty(n + 1),
-            w=np.empty(d),
-            w32=np.empty(d, np.float32),
-            moves=np.empty(n),
-            noted=np.empty((NOTES + n, 3), np.int32),
-            stayed=np.empty(NOTES + n, np.int32),
-            note_ends=np.zeros((2, NOTES + n), np.int32),
-            written=np.zeros(2, np.int64),
-            journal=journals[thread],
-        )
-        for chunk in range(CHUNKS * thread // len(counts), CHUNKS * (thread + 1) // len(counts)):
-            part = slice(neurons.size * chunk // CHUNKS, neurons.size * (chunk + 1) // CHUNKS)
-            # A look never brings a certificate back below the horizon, so who is near after it is near before.
-            mine = near[part][: _below(bounds[part], neurons[part], horizon, near[part])]
-            expired = due[: _below(pairs.certificates[mine], mine, distance, due)]
-            expired = expired[: _used_up(pairs, expired, distance, path)]
-            _look(pairs, expired, distance, sums, path, data, counts[thread], outputs[chunk], tallies[chunk], scratch)
-            near_sizes[chunk] = _below(pairs.certificates[mine], mine, horizon, mine)
-        notes, entries[thread] = scratch.written
-        _count_flips(counts[thread], scratch.noted, scratch.stayed, scratch.note_ends[:, : notes + 1])
+            if rest < 0.0:
+                certificates[q] = row.limit = -np.inf
+                row.margin = max(row.margin, bound)  # at least what it would have taken
+                tally[chunk, SHORT] += 1
+            elif still > 0:
+                slack = max(0.0, slack - tolerance) * (1.0 - 3e-6)  # rows of X may be longer than 1 by 1e-6
+                certificates[q] = (distance + slack / still) * (1.0 - 1e-15)  # rounded down, however long the way so far
+                row.limit = (gone + slack) * (1.0 - 1e-15)
+            else:
+                certificates[q] = np.inf
+        tally[chunk, LOOKED_AT] += due_ends[chunk] - edges[chunk]
+    _count_flips(counts, noted, stayed, note_ends, notes)
+    return entries
 
 
 @njit(cache=True)
@@ -1903,14 +1906,14 @@ def _take_back(pairs, journal):
         certificates[flip.neuron] = row.limit = -np.inf
 
 
-@njit(cache=True)
-def _widen_rows(pairs, short, tracked, weights, X, margins, starts):
-    """Makes the rows of the neurons `short` anew, from `starts` on, with wider margins, of the points `tracked`
+@njit(cache=True, nogil=True)
+def _widen_rows(pairs, short, tracked, weights, X, margins, starts, low, high):
+    """Makes the rows of the neurons short[low:high] anew, from `starts` on, with wider margins, of the points `tracked`
     (len(short), n). Starting products are those of _live_rows to the bit."""
     rows, _, points, products, base, active = pairs
     n = len(X)
     old_base, old_active = np.zeros(n), np.zeros(n, np.bool_)
-    for z in range(short.size):
+    for z in range(low, high):
         row = rows[short[z]]
         for e in range(row.start, row.start + row.reach):
             old_base[points[e]], old_active[points[e]] = base[e], active[e]
@@ -1931,59 +1934,36 @@ def _widen_rows(pairs, short, tracked, weights, X, margins, starts):
             row.margin = np.inf
 
 
-@njit(parallel=True, cache=True)
-def _widen(pairs, short, tracked, weights, X, margins, starts):
-    for chunk in prange(CHUNKS):
-        part = slice(short.size * chunk // CHUNKS, short.size * (chunk + 1) // CHUNKS)
-        _widen_rows(pairs, short[part], tracked[part], weights[part], X, margins[part], starts[part])
-
-
-@njit(cache=True, fastmath=FAST)
-def _add_outputs(pairs, low, high, sums, data, outputs):
-    """Adds f of the neurons low, ..., high - 1 to outputs, from their pairs."""
+@njit(cache=True, nogil=True, fastmath=FAST)
+def _add_outputs(pairs, edges, sums, data, outputs):
+    """Adds f of the neurons edges[chunk], ..., edges[chunk + 1] - 1 to outputs[chunk], from their pairs."""
     rows, _, points, products, base, active = pairs
     X, _, XXt, _, _, shift, unit, gather = data
     n, d = X.shape
-    firing, excess, moved_by, factors = (
-        np.empty(n + 1, np.int64),
-        np.empty(n + 1),
-        np.empty(n + 1, np.int64),
-        np.empty(n + 1),
-    )
-    w, moves = np.empty(d), np.empty(n)
-    for q in range(low, high):
-        row = rows[q]
-        k, c, scale = 0, 0, -unit * row.sign
-        for e in range(row.start, row.start + row.reach):
-            j = points[e]
-            gamma = base[e] + (sums[j] if active[e] else 0.0)
-            moved_by[c], factors[c] = j, scale * gamma
-            c += gamma != 0.0
-            firing[k], excess[k] = j, products[e] - shift
-            k += active[e]
-        if gather * c * k <= (c + k) * d:
+    moved_by, factors, w = np.empty(n + 1, np.int32), np.empty(n + 1), np.empty(d)
+    firing, excess = np.empty(n + 1, np.int32), np.empty(n + 1)
+    for chunk in range(edges.size - 1):
+        for q in range(edges[chunk], edges[chunk + 1]):
+            row = rows[q]
+            k, c, scale = 0, 0, -unit * row.sign
+            for e in range(row.start, row.start + row.reach):
+                j = points[e]
+                gamma = base[e] + (sums[j] if active[e] else 0.0)
+                moved_by[c], factors[c] = j, scale * gamma
+                c += gamma != 0.0
+                firing[k], excess[k] = j, products[e] - shift
+                k += active[e]
+            if gather * c * k > (c + k) * d:
+                _combine(factors, moved_by, c, X, w)
+                _add_products(X, w, firing, 0, k, excess)
+            else:
+                for h in range(k):
+                    product, j = 0.0, firing[h]
+                    for a in range(c):
+                        product += factors[a] * XXt[j, moved_by[a]]
+                    excess[h] += product
             for h in range(k):
-                product, j = 0.0, firing[h]
-                for a in range(c):
-                    product += factors[a] * XXt[j, moved_by[a]]
-                excess[h] += product
-        else:
-            _combine(factors, moved_by, c, X, w)
-            _dots(X, firing, 0, k, w, moves)
-            for h in range(k):
-                excess[h] += moves[h]
-        for h in range(k):
-            outputs[firing[h]] -= scale * excess[h]
-
-
-@njit(parallel=True, cache=True)
-def _all_outputs(pairs, sums, data):
-    """f from all live pairs, in CHUNKS partial sums."""
-    partial = np.zeros((CHUNKS, len(data.X)))
-    for chunk in prange(CHUNKS):
-        n_live = pairs.rows.size
-        _add_outputs(pairs, n_live * chunk // CHUNKS, n_live * (chunk + 1) // CHUNKS, sums, data, partial[chunk])
-    return partial
+                outputs[chunk, firing[h]] -= scale * excess[h]
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -2497,6 +2477,12 @@ class _Lazy(_Search):
         self._ladder = [Rung(np.inf, np.arange(self.n_live, dtype=np.int32), self._pairs.certificates)]
         # One for each thread, to be added up; in 256 MB at most.
         self.counts = np.zeros((max(1, min(numba.get_num_threads(), (1 << 26) // n**2)), n, n), np.int32)
+        # For the lists that a pass makes, so that steps take no new memory: its first use costs 0.7 ns a byte.
+        self._near, self._due = np.zeros((2, self.n_live), np.int32), np.zeros(self.n_live, np.int32)
+        self._bounds = np.zeros((2, self.n_live))
+        for array in (self._near, self._due, self._bounds):
+            array.fill(0)
+        self._scratch = [Scratch.of(n, d) for _ in self.counts]
         self.outputs = np.zeros(n)
         self._pass()  # every active pair is found to have woken
 
@@ -2507,7 +2493,7 @@ class _Lazy(_Search):
     @cached_property
     def gram(self):
         """G (n, n)."""
-        return _run(_gram, self.counts.size, self.XXt, self.counts, self.width)
+        return _gram(self.XXt, self.counts, self.width)
 
     def jacobian(self):
         return _CountedJacobian(self)
@@ -2548,45 +2534,54 @@ class _Lazy(_Search):
 
     def _pass(self):
         """Looks at the neurons whose certificates ran out; returns the number of flips."""
-        horizon, neurons, bounds = self._ladder[-1]
-        near, flips, shorts = self._look_among(neurons, bounds)
+        last = self._ladder[-1]
+        # For a next step that is as long as the last one, and for one that is much shorter.
+        horizons = [min(last.horizon, self._distance + share * self._last_move) for share in (1.0, 1.0 / 16.0)]
+        lists, flips, shorts = self._look_among(last, horizons)
         if shorts:
-            short = near[self._pairs.certificates[near] == -np.inf]
+            short = np.concatenate([neurons[bounds == -np.inf] for neurons, bounds in lists[0]])
+        for horizon, parts in zip(horizons, lists, strict=True):
+            if sum(len(neurons) for neurons, _ in parts) < self._ladder[-1].neurons.size // 2:
+                self._ladder.append(Rung(horizon, *map(np.concatenate, zip(*parts, strict=True))))
+        if shorts:
             self._widen(short)
-            flips += self._look_among(short, self._pairs.certificates[short])[1]
-        if near.size < neurons.size // 2:
-            horizon = min(horizon, self._distance + self._last_move)
-            self._ladder.append(Rung(horizon, near, self._pairs.certificates[near]))
+            flips += self._look_among(Rung(np.inf, short, np.full(short.size, -np.inf)), [np.inf])[1]
         return flips
 
-    def _look_among(self, neurons, bounds):
-        """Looks at those of the neurons whose certificates, which are at least `bounds`, ran out.
+    def _look_among(self, rung, horizons):
+        """Looks at those neurons of a rung whose certificates ran out.
 
-        Returns those whose certificates are shorter than one more move like the last one, the number of flips, and that of
-        neurons whose margins are too small.
+        Returns for each of the descending horizons, in parts, the neurons whose certificates end there or before, and these;
+        then the number of flips, and that of neurons whose margins are too small.
         """
-        n = len(self.X)
-        work = 8 * neurons.size
-        counts = self.counts if work >= 1 << 16 else self.counts[:1]
+        size, n = rung.neurons.size, len(self.X)
+        edges = size * np.arange(CHUNKS + 1) // CHUNKS
         outputs, tallies = np.zeros((CHUNKS, n)), np.zeros((CHUNKS, 5), np.int64)
-        near, near_sizes = np.empty_like(neurons), np.empty(CHUNKS, np.int64)
-        horizon = self._distance + self._last_move
-        state = self._sum, self._path, self._data, counts, outputs, tallies
-        # A pair flips once at most. Memory that is not written is not taken.
-        journals = np.empty((len(counts), 0 if self._journal is None else self._used), FLIP).view(np.recarray)
-        entries = np.zeros(len(counts), np.int64)
-        places = near, near_sizes, journals, entries
-        _run(_walk, work, self._pairs, neurons, bounds, self._distance, horizon, *state, *places)
+        near, due = self._near[0], self._due
+        room = 0 if self._journal is None else self._used  # a pair flips once at most; memory not written is not taken
+
+        def walk(thread, low, high):
+            mine, ends = edges[low : high + 1], np.empty(high - low, np.int64)
+            end = _run_out(self._pairs, rung, mine, self._distance, horizons[0], self._path, near, due, ends)
+            journal = np.empty(room, FLIP).view(np.recarray)
+            state = self._distance, self._sum, self._path, self._data, self.counts[thread], outputs[low:high]
+            entries = _look(self._pairs, due, mine, ends, *state, tallies[low:high], self._scratch[thread], journal)
+            lists, neurons = [], near[mine[0] : end]
+            for horizon, *places in zip(horizons, self._near, self._bounds, strict=False):
+                places = (place[mine[0] : end] for place in places)
+                lists.append(_still_near(self._pairs.certificates, neurons, horizon, *places))
+                neurons = lists[-1][0]
+            return lists, journal[:entries].copy()
+
+        lists, journals = zip(*_over_chunks(walk, 32 * size, len(self.counts)), strict=True)
         if self._journal is not None:
-            self._journal += [journal[:count].copy() for journal, count in zip(journals, entries, strict=True)]
-        firsts = neurons.size * np.arange(CHUNKS) // CHUNKS
-        near = np.concatenate([near[low : low + size] for low, size in zip(firsts, near_sizes, strict=True)])
+            self._journal += journals
         self.outputs += outputs.sum(axis=0)
         looked_at, flips, woken, shorts, operations = map(int, tallies.sum(axis=0))
         self.looked_at += looked_at
-        self.operations += operations + neurons.size + n * n
+        self.operations += operations + size + n * n
         self.changing += woken
-        return near, flips, shorts
+        return list(zip(*lists, strict=True)), flips, shorts
 
     def _widen(self, short):
         """Makes the rows anew whose margins are too small, with margins twice as wide as is needed now."""
@@ -2602,7 +2597,12 @@ class _Lazy(_Search):
             ends = self._used + np.cumsum(np.count_nonzero(tracked, axis=1))
             starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
             self._reserve(self._used)
-            _run(_widen, tracked.size, self._pairs, some, tracked, weights, self.X, margins, starts)
+
+            def widen(_, low, high, some=some, made=(tracked, weights, self.X, margins, starts)):
+                ends = some.size * low // CHUNKS, some.size * high // CHUNKS
+                _widen_rows(self._pairs, some, *made, *ends)
+
+            _over_chunks(widen, tracked.size)
             self.operations += tracked.size * self.X.shape[1]
 
     def _reserve(self, room):
@@ -2618,7 +2618,14 @@ class _Lazy(_Search):
             )
 
     def settle(self):
-        self.outputs = _run(_all_outputs, 4 * self._used, self._pairs, self._sum, self._data).sum(axis=0)
+        edges = self.n_live * np.arange(CHUNKS + 1) // CHUNKS
+        outputs = np.zeros((CHUNKS, len(self.X)))
+
+        def add(_, low, high):
+            _add_outputs(self._pairs, edges[low : high + 1], self._sum, self._data, outputs[low:high])
+
+        _over_chunks(add, 4 * self._used)
+        self.outputs = outputs.sum(axis=0)
 
     def gathered(self, order=None):
         """The active sets, neurons by row or by where their rows stand in `order`."""
