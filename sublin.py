@@ -84,6 +84,7 @@ import scipy.special
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from scipy.linalg.lapack import dpotrf, dpotrs
 from scipy.sparse.linalg import LinearOperator, cg
 
 __all__ = [
@@ -1357,16 +1358,13 @@ def _solve_cholesky(J, residual, damping, lap, earlier=None):
             step, iterations = _conjugate_gradients(G, residual, 1e-13, 10, inverse)
             lap("seconds_solve")
             return step, iterations, earlier
-    try:
-        factor = scipy.linalg.cho_factor(G.T, lower=True, check_finite=False)  # in LAPACK's order
-    except np.linalg.LinAlgError:
-        raise _singular_error(J) from None
-    pivots = np.diag(factor[0])
-    if pivots.min() ** 2 <= pivots.size * np.finfo(float).eps * pivots.max() ** 2:
+    triangle, failed = dpotrf(G.T, lower=True, clean=False)  # in LAPACK's order
+    pivots = triangle.diagonal()
+    if failed or pivots.min() ** 2 <= pivots.size * np.finfo(float).eps * pivots.max() ** 2:
         raise _singular_error(J)
-    step = scipy.linalg.cho_solve(factor, residual, check_finite=False)
+    step, _ = dpotrs(triangle, residual, lower=True)
     lap("seconds_solve")
-    return step, 0, factor
+    return step, 0, (triangle, True)
 
 
 def _solve_cg(J, residual, damping, tolerance, lap):
@@ -2558,8 +2556,8 @@ class _Lazy(_Search):
         # For the lists that a pass makes, so that steps take no new memory: its first use costs 0.7 ns a byte.
         self._near, self._due = np.zeros((2, self.n_live), np.int32), np.zeros(self.n_live, np.int32)
         self._bounds = np.zeros((2, self.n_live))
-        for array in (self._near, self._due, self._bounds):
-            array.fill(0)
+        self._near.fill(0)
+        self._bounds.fill(0)
         self._scratch = [Scratch.of(n, d) for _ in self.counts]
         self.outputs = np.zeros(n)
         self._pass()  # every active pair is found to have woken
