@@ -59,7 +59,6 @@ past it.
 import ctypes
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -70,7 +69,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -102,7 +101,7 @@ __all__ = [
     "srht_sketch",
 ]
 
-# Parallel loops run over this many chunks whatever the number of threads, and partial sums are added chunk by chunk, so
+# Work is divided into this many chunks whatever the number of threads, and partial sums are added chunk by chunk, so
 # that the same seed gives the same bits with any number of threads. (BLAS may differ where it is left its own threads:
 # in solves with n > 1024 and in wide dense products.)
 CHUNKS = 64
@@ -116,6 +115,17 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 # ======================================================================================================================
 
 
+@contextmanager
+def _interrupts():
+    """Lets an interrupt in a compiled kernel, which may show as a SystemError, come out as what it is."""
+    try:
+        yield
+    except SystemError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
 def _run(kernel, work, *arguments):
     """kernel(*arguments), on one thread if it touches fewer than 2^16 numbers.
 
@@ -124,11 +134,8 @@ def _run(kernel, work, *arguments):
     threads = numba.get_num_threads()
     numba.set_num_threads(threads if work >= 1 << 16 else 1)
     try:
-        return kernel(*arguments)
-    except SystemError as error:  # how an interrupt in a compiled kernel may show
-        if isinstance(error.__cause__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
+        with _interrupts():
+            return kernel(*arguments)
     finally:
         numba.set_num_threads(threads)
 
@@ -167,10 +174,12 @@ def _over_chunks(task, work, most=CHUNKS):
 
     others = [_pool(os.getpid()).submit(serve, thread) for thread in range(1, threads)]
     try:
-        serve(0)
+        with _interrupts():
+            serve(0)
     finally:
         if cpus:
             os.sched_setaffinity(0, set.union(*cpus))
+        wait(others)
     for other in others:
         other.result()
     return [done[share] for share in range(shares)]
@@ -549,11 +558,11 @@ def _starting_blocks(seed, width, d, init, work):
         return work(first, *_starting_vectors(seed, first // BLOCK, min(BLOCK, width - first), d, init))
 
     threads = numba.get_num_threads()
-    own = iter(_cpus(threads))
+    cpus = _cpus(threads)
 
     def settle():
-        for cpu in itertools.islice(own, 1):
-            os.sched_setaffinity(0, cpu)
+        if cpus:
+            os.sched_setaffinity(0, cpus.pop())
 
     with _serial_blas(), ThreadPoolExecutor(threads, initializer=settle) as pool:
         ahead = deque()
