@@ -830,6 +830,56 @@ def test_live_pairs_have_the_same_bits_for_any_number_of_threads(margin, monkeyp
     np.testing.assert_array_equal(first.weights(), second.weights())
 
 
+@core
+@pytest.mark.parametrize("work", [0, 1 << 16, 1 << 26])
+def test_shares_of_the_chunks_come_in_order_each_once(work):
+    most = numba.get_num_threads()
+    shares = sublin._over_chunks(lambda *share: share, work)
+    assert [low for _, low, _ in shares] == [0, *(high for _, _, high in shares[:-1])] and shares[-1][2] == sublin.CHUNKS
+    assert {thread for thread, _, _ in shares} <= set(range(most if work else 1))
+    assert {thread for thread, _, _ in sublin._over_chunks(lambda *share: share, work, most=1)} == {0}
+
+
+@core
+@pytest.mark.parametrize("failing", [0, sublin.CHUNKS - 1])
+def test_a_share_that_fails_says_so_and_leaves_the_threads_as_they_were(failing):
+    def task(_, low, high):
+        if low <= failing < high:
+            raise MemoryError("of this share")
+
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    with pytest.raises(MemoryError, match="of this share"):
+        sublin._over_chunks(task, 1 << 26)
+    assert before is None or os.sched_getaffinity(0) == before
+    assert len(sublin._over_chunks(lambda *share: share, 1 << 16)) == numba.get_num_threads()
+
+
+def test_fits_in_several_threads_at_once_and_in_a_fork_have_the_bits_of_one_alone():
+    code = (
+        "import os, sys, threading\n"
+        "import numpy as np\n"
+        "from sublin import SublinearTrainer\n"
+        "rng = np.random.default_rng(0)\n"
+        "X, y = rng.standard_normal((64, 32)), rng.standard_normal(64)\n"
+        "def fit(found=None):\n"
+        "    fitted = SublinearTrainer(1 << 16, random_state=0, max_iter=3, tol=0.0).fit(X, y)\n"
+        "    found = [] if found is None else found\n"
+        "    found.append(fitted.loss_curve_)\n"
+        "    return found[-1]\n"
+        "alone, together = fit(), []\n"
+        "threads = [threading.Thread(target=fit, args=(together,)) for _ in range(3)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "assert together == [alone] * 3, 'in threads'\n"
+        "if hasattr(os, 'fork'):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        os._exit(0 if fit() == alone else 1)\n"
+        "    assert os.waitpid(child, 0)[1] == 0, 'in a fork'\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=HERE, check=True, timeout=120)
+
+
 def spoil_first(name, value):
     """Overwrites an entry of the first row with an active pair, or of its first pair, the most active one."""
 
@@ -2091,6 +2141,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_file(tmp_path):
         "rng = np.random.default_rng(0)\n"
         "net = SublinearTrainer(1 << 15, max_iter=1, shift=1.0, damping=1.0, random_state=0)\n"
         "net.fit(rng.standard_normal((20, 8)), rng.standard_normal(20))\n"
+        "net.save(sys.argv[1] + '.first')\n"  # compiles what is not in the cache
         "print('ready', flush=True)\n"
         "while True:\n"
         "    net.save(sys.argv[1])\n"
