@@ -142,7 +142,7 @@ def _run(kernel, work, *arguments):
 
 @cache
 def _pool(process):
-    """Threads that wait for work, of this process: a fork inherits the object without its threads."""
+    """Threads that wait for work, of this `process`: a fork inherits the object without its threads."""
     return ThreadPoolExecutor(numba.config.NUMBA_NUM_THREADS)
 
 
@@ -157,10 +157,10 @@ def _cpus(threads):
 
 def _over_chunks(task, work, most=CHUNKS):
     """[task(thread, low, high), ...] for shares low, ..., high - 1 of the chunks, in their order: in `most` threads at most,
-    numbered from 0, and in one if fewer than 2^16 numbers are touched.
+    numbered from 0, and in one if `work`, the numbers touched, is below 2^16.
 
-    For kernels that let go of the interpreter; those of one fit took twice as long to compile with prange. A thread takes
-    the next share when it is done with one, since threads of a shared machine are not equally fast.
+    For kernels that let go of the interpreter: with prange those of a fit take more than twice as long to compile. A thread
+    takes the next share when it is done with one, since threads of a shared machine are not equally fast.
     """
     threads = min(most, numba.get_num_threads()) if work >= 1 << 16 else 1
     shares = min(CHUNKS, 8 * threads) if work >= 1 << 26 else threads
@@ -560,11 +560,11 @@ def _starting_blocks(seed, width, d, init, work):
     threads = numba.get_num_threads()
     cpus = _cpus(threads)
 
-    def settle():
+    def pin():
         if cpus:
             os.sched_setaffinity(0, cpus.pop())
 
-    with _serial_blas(), ThreadPoolExecutor(threads, initializer=settle) as pool:
+    with _serial_blas(), ThreadPoolExecutor(threads, initializer=pin) as pool:
         ahead = deque()
         for first in range(0, width, BLOCK):
             ahead.append(pool.submit(draw_and_work, first))
@@ -1517,9 +1517,9 @@ def _regression_tolerance(X, shift):
 # Live pairs: the state of search="lazy"
 # ======================================================================================================================
 #
-# A neuron that is active on no training point has no gradient, so it never moves and never wakes. Only *live* neurons,
-# active on some point at the start, are kept, and of their starting products only the *tracked* ones, >= b - margin, in
-# descending order. Nothing else is: products and weights now follow from the pairs that have ever been active,
+# A neuron that is active on no training point has no gradient, so it never moves and never wakes. Kept are the *live* ones,
+# active on some point at the start: their starting weights, and of their starting products those *tracked*, >= b - margin,
+# in descending order. Products and weights now follow from these and from the pairs that have ever been active,
 #
 #     w_r = w_r(0) + dw_r,    dw_r = -m^(-1/2) a_r sum_i gamma[r, i] x_i,    <w_r, x_j> = <w_r(0), x_j> + <dw_r, x_j>.
 #
@@ -1531,8 +1531,8 @@ def _regression_tolerance(X, shift):
 # |<x_i, x_j>|, i != j. Take the least excess of an active product over b and the least shortfall of another, divided by
 # cross: the lesser of the two is the neuron's *slack*, and while U is below it no pair can have flipped. Since U is at
 # most k = |act(r)| times the growth of D, the neuron need not even be thought of before D has grown by slack / k: this
-# value of D is its *certificate*. A step checks the neurons whose certificates ran out, and reads the rows of those whose
-# slack did.
+# value of D is its *certificate*. A step *checks* the neurons whose certificates ran out, and *looks at* those whose slack
+# is used up, reading their rows.
 
 # Margins are MARGIN times the movement expected of products by the end of training. Means over the steps of a run with 1.2,
 # 1.4, 1.6: 5.9, 3.9, 3.7 ms at n = 64, m = 2^20; with 1.35, 1.45, 1.6: 176, 138, 130 ms at n = 1024, m = 2^18, where
@@ -1542,7 +1542,7 @@ MARGIN = 1.6
 GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments for the average case of Shellsort", 2001
 
 
-# Fields of records are attributes in compiled code, and otherwise of this kind of array, which is slower to pass.
+# What is not compiled needs this kind of array for row.start to work; compiled code takes the plain kind faster.
 RECORDS = np.recarray if numba.config.DISABLE_JIT else np.ndarray
 
 
@@ -1567,7 +1567,7 @@ class LivePairs(NamedTuple):
     """
 
     rows: np.ndarray  # (n_live,) LIVE_ROW
-    certificates: np.ndarray  # (n_live,) inf if no pair can flip any more, -inf if the margin is too small
+    certificates: np.ndarray  # (n_live,) inf if no pair can flip any more, -inf for a look in any case
     points: np.ndarray  # (room,) int32
     products: np.ndarray  # (room,) at the start
     base: np.ndarray  # (room,)
@@ -1575,7 +1575,7 @@ class LivePairs(NamedTuple):
 
 
 class PointData(NamedTuple):
-    """What moves of products are made of."""
+    """The points and the threshold."""
 
     X: np.ndarray  # (n, d)
     X32: np.ndarray  # (n, d) float32
@@ -1602,8 +1602,8 @@ LOOKED_AT, FLIPS, WOKEN, SHORT, OPERATIONS = range(5)
 # A pair that a step flipped, with its `base` before.
 FLIP = np.dtype([("earlier", np.float64), ("neuron", np.int32), ("point", np.int32)])
 
-# Flips for each point, and points beside them, that are gathered before they are counted: a look with 3 flips at n = 1024
-# takes 2.4 us with 7 and 2.0 us with 64 flips for each point.
+# Flips, and points beside them, in multiples of n, that are gathered before they are counted together: a look with 3 flips
+# at n = 1024 takes 2.4 us with 7 n flips and 2.0 us with 64 n.
 NOTED, STAYED = 64, 256
 
 
@@ -1618,7 +1618,7 @@ class Scratch(NamedTuple):
     candidates: np.ndarray  # (n + 1,) int32, pairs that may have flipped, by where they stand in the row
     noted: np.ndarray  # ((NOTED + 1) n, 3) int32, flips that are not counted yet: point, +1 or -1, note
     stayed: np.ndarray  # ((STAYED + 1) n,) int32, points on which their neurons are active as before
-    note_ends: np.ndarray  # (2, (NOTED + 1) n) int32, where each note, of one neuron, ends in those two
+    note_ends: np.ndarray  # (2, (NOTED + 1) n + 1) int32, where each note, of one neuron, ends in those two, after 0
 
     @classmethod
     def of(cls, n, d):
@@ -1712,9 +1712,9 @@ def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def _run_out(pairs, rung, edges, distance, horizon, path, near, due, due_ends):
-    """Of the neurons edges[0], ..., edges[-1] - 1 of a rung, writes those whose certificates are at most `horizon` to the
-    front of `near`, from edges[0] on, and returns their end. Of each chunk it writes those whose slack is used up to `due`
-    and where they end, and new certificates for those whose certificates ran out and whose slack did not.
+    """Checks the neurons edges[0], ..., edges[-1] - 1 of a rung. Into `near` go those whose bounds are at most `horizon`,
+    packed from edges[0] on; returns their end. Into `due` go, chunk by chunk up to due_ends, those whose slack is used up;
+    the others whose certificates ran out get new ones.
     """
     rows, certificates, points, _, _, active = pairs
     found = edges[0]
@@ -1745,7 +1745,8 @@ def _run_out(pairs, rung, edges, distance, horizon, path, near, due, due_ends):
 
 @njit(cache=True, nogil=True)
 def _still_near(certificates, neurons, horizon, near, bounds):
-    """Writes those of the neurons whose certificates are at most `horizon`, and these; returns both."""
+    """Writes those of the neurons whose certificates are at most `horizon`, and these certificates; returns both. `near` may
+    be `neurons`."""
     found = 0
     for q in neurons:
         near[found], bounds[found] = q, certificates[q]
@@ -1755,7 +1756,7 @@ def _still_near(certificates, neurons, horizon, near, bounds):
 
 @njit(cache=True, nogil=True)
 def _count_flips(counts, flips, stayed, note_ends, notes):
-    """Adds to the numbers |Q_i n Q_j| of neurons that two points share what flips have changed.
+    """Updates the numbers |Q_i n Q_j| of neurons that two points share by a batch of flips.
 
     Note z is of one neuron: flips note_ends[0, z], ..., note_ends[0, z + 1] - 1 and, of stayed, what is between those of
     note_ends[1], the points on which it was active and still is. flips are rows (point, +1 or -1, note). A change is counted
@@ -1930,7 +1931,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                         for z in range(d):
                             above += w[z] * X[j, z]
                     is_active = above >= 0.0
-                    if is_active != was_active:
+                    if is_active != was_active:  # f - G g is f as if it had not flipped
                         outputs[chunk, j] -= scale * abs(above)
                         if journal.size:
                             flip = journal[entries]
@@ -1960,7 +1961,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                     notes = 0
             if rest < 0.0:
                 certificates[q] = row.limit = -np.inf
-                row.margin = max(row.margin, bound)  # at least what it would have taken
+                row.margin = max(row.margin, bound)  # what was needed, for _widen to double
                 shorts += 1
             elif still > 0:
                 slack = max(0.0, slack - tolerance) * (1.0 - 3e-6)  # rows of X may be longer than 1 by 1e-6
@@ -2081,7 +2082,8 @@ def _active_pairs(pairs, order):
 
 
 class _CountedJacobian(SparseJacobian):
-    """The Jacobian of live pairs: its Gram matrix is known, and the active sets are only gathered if asked for."""
+    """The Jacobian of live pairs as they are now, until the next step: its Gram matrix is known, and the active sets are
+    only gathered if asked for."""
 
     def __init__(self, search):
         LinearOperator.__init__(self, np.dtype(float), (len(search.X), search.width * search.X.shape[1]))
@@ -2469,7 +2471,8 @@ class _Lazy(_Search):
 
     Certificates are looked up through `ladder`, a stack of lists of neurons, each inside the one before it. A list holds
     every neuron whose certificate ends at its `horizon` or before, so a step looks at the innermost list that reaches as
-    far as the step goes. Steps shrink, and so do the lists: each step leaves one for a next step as long as itself.
+    far as the step goes. Steps shrink, and so do the lists: a step leaves lists for a next one as long as itself and for one
+    16 times shorter, where they at least halve.
 
     The outputs follow from the Gram matrix, f <- f - G g, and from the flips; they are computed from the pairs before
     training ends.
@@ -2492,8 +2495,8 @@ class _Lazy(_Search):
         )
         self._sum, self._path = np.zeros(n), np.zeros(n)
         self._distance = self._last_move = 0.0
-        self.changing = self.widened = 0
-        self._journal = None  # flips of this step, in pieces, if they are to be remembered
+        self.changing = self.widened = 0  # `widened` counts rows made anew in training, for those who look inside
+        self._journal = None  # flips of a step that is to be remembered, in pieces, while it is taken
 
     def _start(self, y, draw, moved, weights, moved_signs):
         n, d = self.X.shape
@@ -2504,8 +2507,8 @@ class _Lazy(_Search):
         cross = np.float32(self._data.largest_cross)
         # Training ends about where every active product has moved by |y_i| / (Phi(-b) sqrt(m)), and so dw_r is a sum of
         # vectors of about that length, one for each active point.
-        pairs_per_move = max(scipy.special.ndtr(-self.shift), 1e-30) * np.sqrt(self.width)
-        pull = np.minimum(MARGIN * np.abs(y) / pairs_per_move, largest).astype(np.float32)
+        output_per_move = max(scipy.special.ndtr(-self.shift), 1e-30) * np.sqrt(self.width)
+        pull = np.minimum(MARGIN * np.abs(y) / output_per_move, largest).astype(np.float32)
         piece = max(64, (1 << 19) // n)  # vectors whose products are made together, 2 MB of them
 
         def rows_of(first, vectors, signs):
@@ -2556,15 +2559,14 @@ class _Lazy(_Search):
         np.concatenate(points, out=self._pairs.points[:used])
         np.concatenate(products, out=self._pairs.products[:used])
         if moved.size:
-            rows["margin"][sizes.size :] = np.sqrt(np.mean(pull**2)) / 2
+            rows["margin"][sizes.size :] = np.sqrt(np.mean(pull**2)) / 2  # half a typical one, which _widen doubles
         self._widen(np.arange(sizes.size, self.n_live, dtype=np.int32))
-        self.widened = 0  # rows made anew in training, for those who look inside
         self._ladder = [Rung(np.inf, np.arange(self.n_live, dtype=np.int32), self._pairs.certificates)]
-        # One for each thread, to be added up; in 256 MB at most.
+        # One for each thread, to be added up; more than one only if they take no more than 256 MB.
         self.counts = np.zeros((max(1, min(numba.get_num_threads(), (1 << 26) // n**2)), n, n), np.int32)
-        # For the lists that a pass makes, so that steps take no new memory: its first use costs 0.7 ns a byte.
-        self._near, self._due = np.zeros((2, self.n_live), np.int32), np.zeros(self.n_live, np.int32)
-        self._bounds = np.zeros((2, self.n_live))
+        # For the lists that a pass makes, so that steps take no new memory, whose first use costs 0.7 ns a byte.
+        self._near, self._due = np.empty((2, self.n_live), np.int32), np.empty(self.n_live, np.int32)
+        self._bounds = np.empty((2, self.n_live))
         self._near.fill(0)
         self._bounds.fill(0)
         self._scratch = [Scratch.of(n, d) for _ in self.counts]
@@ -2584,12 +2586,15 @@ class _Lazy(_Search):
         return _CountedJacobian(self)
 
     def advance(self, step, lap):
-        self.outputs = self.outputs - self.gram @ step
+        with _serial_blas():
+            self.outputs = self.outputs - self.gram @ step  # not in place: remember() holds the old ones
+        self.operations += step.size**2
         del self.gram
         self._sum += step
         self._travel(step)
         lap("seconds_update")
         flips = self._pass()
+        self._taken, self._journal = self._journal, None
         lap("seconds_query")
         return flips
 
@@ -2610,15 +2615,16 @@ class _Lazy(_Search):
         # The way back is a path like any other: the certificates of neurons with no flip hold.
         outputs, gram, sums, counts, changing = self._before
         self._travel(self._sum - sums)
-        for piece in reversed(self._journal):
+        for piece in reversed(self._taken):
             _take_back(self._pairs, piece)
         del self._ladder[1:]  # whose lists lack those that have lost their certificates
-        self._sum, self._journal = sums, None
+        self._sum = sums
         self._pass()
         self.outputs, self.gram, self.counts, self.changing = outputs, gram, counts, changing
 
     def _pass(self):
-        """Looks at the neurons whose certificates ran out; returns the number of flips."""
+        """Checks the neurons whose certificates ran out, and looks at those whose slack is used up; returns the number of
+        flips."""
         last = self._ladder[-1]
         # For a next step that is as long as the last one, and for one that is much shorter.
         horizons = [min(last.horizon, self._distance + share * self._last_move) for share in (1.0, 1.0 / 16.0)]
@@ -2630,14 +2636,15 @@ class _Lazy(_Search):
                 self._ladder.append(Rung(horizon, *map(np.concatenate, zip(*parts, strict=True))))
         if shorts:
             self._widen(short)
+            self.widened += short.size
             flips += self._look_among(Rung(np.inf, short, np.full(short.size, -np.inf)), [np.inf])[1]
         return flips
 
     def _look_among(self, rung, horizons):
-        """Looks at those neurons of a rung whose certificates ran out.
+        """Checks and looks at neurons of a rung.
 
-        Returns for each of the descending horizons, in parts, the neurons whose certificates end there or before, and these;
-        then the number of flips, and that of neurons whose margins are too small.
+        Returns for each of the descending horizons, in parts, the neurons whose certificates end there or before, and their
+        certificates; then the number of flips, and that of neurons whose margins are too small.
         """
         size, n = rung.neurons.size, len(self.X)
         edges = size * np.arange(CHUNKS + 1) // CHUNKS
@@ -2651,11 +2658,11 @@ class _Lazy(_Search):
             journal = np.empty(room, FLIP).view(RECORDS)
             state = self._distance, self._sum, self._path, self._data, self.counts[thread], outputs[low:high]
             entries = _look(self._pairs, due, mine, ends, *state, tallies[low:high], self._scratch[thread], journal)
-            lists, neurons = [], near[mine[0] : end]
-            for horizon, *places in zip(horizons, self._near, self._bounds, strict=False):
-                places = (place[mine[0] : end] for place in places)
-                lists.append(_still_near(self._pairs.certificates, neurons, horizon, *places))
-                neurons = lists[-1][0]
+            lists, part = [], slice(mine[0], end)
+            neurons = near[part]
+            for horizon, places, bounds in zip(horizons, self._near, self._bounds, strict=False):
+                lists.append(_still_near(self._pairs.certificates, neurons, horizon, places[part], bounds[part]))
+                neurons, _ = lists[-1]
             return lists, journal[:entries].copy()
 
         work = 32 * size * self._used // max(1, self.n_live)
@@ -2665,28 +2672,33 @@ class _Lazy(_Search):
         self.outputs += outputs.sum(axis=0)
         looked_at, flips, woken, shorts, operations = map(int, tallies.sum(axis=0))
         self.looked_at += looked_at
-        self.operations += operations + size + n * n
+        self.operations += operations + size
         self.changing += woken
         return list(zip(*lists, strict=True)), flips, shorts
 
     def _widen(self, short):
         """Makes the rows anew whose margins are too small, with margins twice as wide as is needed now."""
         n = len(self.X)
-        self.widened += short.size
         batch = max(1, (1 << 20) // n)
         for low in range(0, short.size, batch):
             some = short[low : low + batch]
             rows = self._pairs.rows[some]
             weights = self._starting_weights(some)
             margins = 2 * rows["margin"].astype(float)
-            tracked = weights @ self.X.T >= (self.shift - margins)[:, None]
+            tracked = np.empty((some.size, n), bool)
+
+            def track(_, low, high, weights=weights, margins=margins, tracked=tracked):
+                part = slice(len(weights) * low // CHUNKS, len(weights) * high // CHUNKS)
+                np.greater_equal(weights[part] @ self.X.T, (self.shift - margins[part])[:, None], out=tracked[part])
+
+            with _serial_blas():
+                _over_chunks(track, tracked.size)
             ends = self._used + np.cumsum(np.count_nonzero(tracked, axis=1))
             starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
             self._reserve(self._used)
 
             def widen(_, low, high, some=some, made=(tracked, weights, self.X, margins, starts)):
-                ends = some.size * low // CHUNKS, some.size * high // CHUNKS
-                _widen_rows(self._pairs, some, *made, *ends)
+                _widen_rows(self._pairs, some, *made, some.size * low // CHUNKS, some.size * high // CHUNKS)
 
             _over_chunks(widen, tracked.size)
             self.operations += tracked.size * self.X.shape[1]

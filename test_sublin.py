@@ -2191,6 +2191,16 @@ def test_rows_are_widened_by_what_is_counted_for_them():
 
 
 @core
+def test_flips_are_written_down_only_while_a_step_may_be_taken_back():
+    X, y = problem(30, 5)
+    fitted = trainer(400, shift=0.5, damping="auto", max_iter=2, warm_start=True, tol=0.0).fit(X, y)
+    assert fitted._search._journal is None
+    fitted.set_params(damping=0.01).fit(X, -y)
+    assert fitted._search._journal is None
+    fitted.check()
+
+
+@core
 def test_steps_with_coinciding_points_and_wide_rows_are_taken_back_to_the_bit():
     X, y = problem(30, 5)
     X[10:20] = X[:10]
