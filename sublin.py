@@ -146,13 +146,21 @@ def _pool(process):
     return ThreadPoolExecutor(numba.config.NUMBA_NUM_THREADS)
 
 
-def _cpus(threads):
-    """A CPU for each thread, if they are as many; else none.
+def _places(threads):
+    """CPUs for each thread: one of its own if there are as many of both, else all that are allowed. Empty if unknown.
 
     Linux may leave a thread that wakes on the CPU of the one that woke it, for several milliseconds with another CPU idle.
     """
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return [{cpu} for cpu in allowed] if len(allowed) == threads > 1 else []
+    if threads == 1 or not hasattr(os, "sched_getaffinity"):
+        return []
+    allowed = os.sched_getaffinity(0)
+    return [{cpu} for cpu in sorted(allowed)] if len(allowed) == threads else [allowed] * threads
+
+
+def _stay_on(cpus):
+    """Keeps this thread on some CPUs, if the system lets it."""
+    with suppress(OSError):
+        os.sched_setaffinity(0, cpus)
 
 
 def _over_chunks(task, work, most=CHUNKS):
@@ -164,23 +172,27 @@ def _over_chunks(task, work, most=CHUNKS):
     """
     threads = min(most, numba.get_num_threads()) if work >= 1 << 16 else 1
     shares = min(CHUNKS, 8 * threads) if work >= 1 << 26 else threads
-    cpus, left, done = _cpus(threads) if threads > 1 else [], iter(range(shares)), {}
+    places, left, done = _places(threads), iter(range(shares)), {}
 
     def serve(thread):
-        if cpus:
-            os.sched_setaffinity(0, cpus[thread])
-        for share in left:
+        if places:
+            _stay_on(places[thread])
+        for share in left:  # of all threads
             done[share] = task(thread, CHUNKS * share // shares, CHUNKS * (share + 1) // shares)
 
-    others = [_pool(os.getpid()).submit(serve, thread) for thread in range(1, threads)]
+    others = []
+    with suppress(RuntimeError):  # the interpreter ends, and starts no more threads: this one takes all the shares
+        for thread in range(1, threads):
+            others.append(_pool(os.getpid()).submit(serve, thread))
     try:
         with _interrupts():
             serve(0)
     finally:
-        if cpus:
-            os.sched_setaffinity(0, set.union(*cpus))
-        wait(others)
-    for other in others:
+        if places:
+            _stay_on(set.union(*places))
+        started = [other for other in others if not other.cancel()]
+        wait(started)
+    for other in started:
         other.result()
     return [done[share] for share in range(shares)]
 
@@ -198,21 +210,31 @@ def _openblas_threads():
     return controls
 
 
+_serial = {"users": 0, "before": [], "lock": threading.Lock()}
+
+
 @contextmanager
 def _serial_blas():
-    """Keeps BLAS and LAPACK on one thread, in the whole process: not for calls that overlap in several threads.
+    """Keeps BLAS and LAPACK on one thread, in the whole process, until all who have asked for it are done.
 
     Their idle threads spin for some 25 ms after a call, on cores that the compiled loops then wait for: a QR factorisation
-    of 512 x 64 and three small loops after it took 3.9 + 7.6 ms, and 0.7 + 1.3 ms on one thread (2 cores, means).
+    of 512 x 64 and three small loops after it took 3.9 + 7.6 ms, and 0.7 + 1.3 ms on one thread (2 cores, means); a step at
+    n = 1024, m = 2^18 took 220 ms with G g on two threads, and 169 ms on one.
     """
-    before = [(set_threads, get_threads()) for get_threads, set_threads in _openblas_threads()]
-    for set_threads, _ in before:
-        set_threads(1)
+    with _serial["lock"]:
+        if _serial["users"] == 0:
+            _serial["before"] = [(set_threads, get_threads()) for get_threads, set_threads in _openblas_threads()]
+            for set_threads, _ in _serial["before"]:
+                set_threads(1)
+        _serial["users"] += 1
     try:
         yield
     finally:
-        for set_threads, threads in before:
-            set_threads(threads)
+        with _serial["lock"]:
+            _serial["users"] -= 1
+            if _serial["users"] == 0:
+                for set_threads, threads in _serial["before"]:
+                    set_threads(threads)
 
 
 # ======================================================================================================================
@@ -558,11 +580,11 @@ def _starting_blocks(seed, width, d, init, work):
         return work(first, *_starting_vectors(seed, first // BLOCK, min(BLOCK, width - first), d, init))
 
     threads = numba.get_num_threads()
-    cpus = _cpus(threads)
+    places = _places(threads)
 
     def pin():
-        if cpus:
-            os.sched_setaffinity(0, cpus.pop())
+        if places:
+            _stay_on(places.pop())
 
     with _serial_blas(), ThreadPoolExecutor(threads, initializer=pin) as pool:
         ahead = deque()
@@ -1592,7 +1614,7 @@ class Rung(NamedTuple):
 
     horizon: float
     neurons: np.ndarray  # (k,) int32
-    bounds: np.ndarray  # (k,) their certificates when the list was made, which only grow: in one stretch of memory
+    bounds: np.ndarray  # (k,) bounds below their certificates, from when the list was made: in one stretch of memory
 
 
 # What the looks add up, chunk by chunk: neurons looked at, flips, neurons that came to be active on some point less those
@@ -1710,36 +1732,21 @@ def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
     return live[:found], sizes[:found], margins[:found], points[:free], exact[:free]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
-def _run_out(pairs, rung, edges, distance, horizon, path, near, due, due_ends):
-    """Checks the neurons edges[0], ..., edges[-1] - 1 of a rung. Into `near` go those whose bounds are at most `horizon`,
-    packed from edges[0] on; returns their end. Into `due` go, chunk by chunk up to due_ends, those whose slack is used up;
-    the others whose certificates ran out get new ones.
+@njit(cache=True, nogil=True)
+def _run_out(certificates, rung, edges, distance, horizon, near, due, due_ends):
+    """Of the neurons edges[0], ..., edges[-1] - 1 of a rung, into `near` go those whose bounds are at most `horizon`, packed
+    from edges[0] on; returns their end. Into `due` go, chunk by chunk up to due_ends, those whose certificates ran out.
     """
-    rows, certificates, points, _, _, active = pairs
     found = edges[0]
     for chunk in range(edges.size - 1):
-        first_near, last = found, edges[chunk]
+        first, last = found, edges[chunk]
         for z in range(edges[chunk], edges[chunk + 1]):  # always written, kept if it counts: no branch to mispredict
             near[found] = rung.neurons[z]
             found += rung.bounds[z] <= horizon
-        for z in range(first_near, found):
+        for z in range(first, found):
             due[last] = near[z]
             last += certificates[near[z]] <= distance
-        used_up = edges[chunk]
-        for z in range(edges[chunk], last):
-            q = due[z]
-            first, reach, limit = rows[q].start, rows[q].reach, rows[q].limit
-            k, gone = 0, 0.0
-            for e in range(first, first + reach):
-                k += active[e]
-                gone += path[points[e]] if active[e] else 0.0
-            due[used_up] = q
-            if gone < limit:
-                certificates[q] = (distance + (limit - gone) / k) * (1.0 - 1e-15)
-            else:
-                used_up += 1
-        due_ends[chunk] = used_up
+        due_ends[chunk] = last
     return found
 
 
@@ -1847,8 +1854,9 @@ def _add_products(X, w, points, first, count, excess):
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outputs, tally, scratch, journal):
-    """Reads the rows of the neurons due[edges[chunk]:due_ends[chunk]] of every chunk: finds the flips, adds what they change
-    to the `counts` of |Q_i n Q_j| and to the outputs f of the chunk, and makes out new certificates.
+    """Checks the neurons due[edges[chunk]:due_ends[chunk]] of every chunk and, where the slack is used up, reads their rows:
+    finds the flips, adds what they change to the `counts` of |Q_i n Q_j| and to the outputs f of the chunk. Makes out new
+    certificates.
 
     Flips are written to the journal, if it has room; returns how many.
     """
@@ -1861,7 +1869,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
     inverse = -1.0 / largest_cross
     notes = entries = 0
     for chunk in range(edges.size - 1):
-        flips = woken = shorts = operations = 0
+        looked_at = flips = woken = shorts = operations = 0
         for place in range(edges[chunk], due_ends[chunk]):
             q = due[place]
             if place + 8 < due_ends[chunk]:  # a step like the second, at m = 2^22, takes 6.3 ms with this and 8.1 without
@@ -1882,6 +1890,10 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                 c += gamma != 0.0
                 k += active[e]
                 gone += path[j] if active[e] else 0.0
+            if gone < row.limit:
+                certificates[q] = (distance + (row.limit - gone) / k) * (1.0 - 1e-15)
+                continue
+            looked_at += 1
             through_X, tolerance = gather * c * size > (c + size) * d, 0.0
             if through_X:
                 length = (1.0 + 2e-6) * _combine(factors, moved_by, c, X, w)
@@ -1911,15 +1923,15 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
             rest = (bound - (shift - products[first + stop] if stop < size else row.margin)) * inverse
             slack, still, turned, kept = rest, k, note_ends[0, notes], note_ends[1, notes]
             for e in range(stop):
-                slack = min(slack, excess[e] if active[first + e] else excess[e] * inverse)
-            if slack <= tolerance:  # a flip, or within rounding of one: such pairs are decided in float64
+                slack = min(slack, excess[e] - tolerance if active[first + e] else (excess[e] + tolerance) * inverse)
+            if slack <= 0.0:  # a flip, or within rounding of one: such pairs are decided in float64
                 found = reach
                 for e in range(reach):
                     candidates[e] = e
                 slack = rest
                 for e in range(reach, stop):
                     far = excess[e] < -tolerance
-                    slack = min(slack, excess[e] * inverse if far else np.inf)
+                    slack = min(slack, (excess[e] + tolerance) * inverse if far else np.inf)
                     candidates[found] = e
                     found += not far
                 gone, still = 0.0, 0
@@ -1946,7 +1958,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                     kept += is_active and was_active
                     still += is_active
                     gone += path[j] if is_active else 0.0
-                    slack = min(slack, above if is_active else above * inverse)
+                    slack = min(slack, above - tolerance if is_active else (above + tolerance) * inverse)
                 row.reach = reach
             operations += (c + stop) * d if through_X else (c + 1) * stop
             if turned > note_ends[0, notes]:
@@ -1964,12 +1976,12 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                 row.margin = max(row.margin, bound)  # what was needed, for _widen to double
                 shorts += 1
             elif still > 0:
-                slack = max(0.0, slack - tolerance) * (1.0 - 3e-6)  # rows of X may be longer than 1 by 1e-6
+                slack = max(0.0, slack) * (1.0 - 3e-6)  # rows of X may be longer than 1 by 1e-6
                 certificates[q] = (distance + slack / still) * (1.0 - 1e-15)  # rounded down, however long the way so far
                 row.limit = (gone + slack) * (1.0 - 1e-15)
             else:
                 certificates[q] = np.inf
-        tally[chunk, LOOKED_AT] += due_ends[chunk] - edges[chunk]
+        tally[chunk, LOOKED_AT] += looked_at
         tally[chunk, FLIPS] += flips
         tally[chunk, WOKEN] += woken
         tally[chunk, SHORT] += shorts
@@ -2481,7 +2493,8 @@ class _Lazy(_Search):
     def _allocate(self):
         n = len(self.X)
         expected = n * self.width * scipy.special.ndtr(-self.shift)  # active pairs at the start; more are tracked
-        _check_memory(f"live pairs of {n} points and {self.width} neurons", 21 * expected)
+        needed = 21 * expected + 68 * min(self.width, expected)  # for pairs and for neurons
+        _check_memory(f"live pairs of {n} points and {self.width} neurons", needed)
         cross = np.maximum(np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1), 1e-12)
         self._data = PointData(
             X=self.X,
@@ -2654,7 +2667,7 @@ class _Lazy(_Search):
 
         def walk(thread, low, high):
             mine, ends = edges[low : high + 1], np.empty(high - low, np.int64)
-            end = _run_out(self._pairs, rung, mine, self._distance, horizons[0], self._path, near, due, ends)
+            end = _run_out(self._pairs.certificates, rung, mine, self._distance, horizons[0], near, due, ends)
             journal = np.empty(room, FLIP).view(RECORDS)
             state = self._distance, self._sum, self._path, self._data, self.counts[thread], outputs[low:high]
             entries = _look(self._pairs, due, mine, ends, *state, tallies[low:high], self._scratch[thread], journal)
@@ -2688,8 +2701,9 @@ class _Lazy(_Search):
             tracked = np.empty((some.size, n), bool)
 
             def track(_, low, high, weights=weights, margins=margins, tracked=tracked):
-                part = slice(len(weights) * low // CHUNKS, len(weights) * high // CHUNKS)
-                np.greater_equal(weights[part] @ self.X.T, (self.shift - margins[part])[:, None], out=tracked[part])
+                for chunk in range(low, high):
+                    part = slice(len(weights) * chunk // CHUNKS, len(weights) * (chunk + 1) // CHUNKS)
+                    np.greater_equal(weights[part] @ self.X.T, (self.shift - margins[part])[:, None], out=tracked[part])
 
             with _serial_blas():
                 _over_chunks(track, tracked.size)
@@ -3107,9 +3121,9 @@ class SublinearTrainer:
     residual_ (float), n_iter_ (int), converged_ (bool), shift_ (float), n_live_ (int, neurons active on some point at the
         start), init_seconds_ (float), signs_ (m,).
 
-    Memory: "lazy" holds the starting weights of live neurons and 21 bytes for each pair near the threshold, a few times
-    sum |Q_i|; nothing of size m. "scan" and "tree" hold (1 + 1/15) n m products and the starting weights of live neurons,
-    "dense" m d weights.
+    Memory: "lazy" holds the starting weights of live neurons, 68 bytes more for each, and 21 for each pair near the
+    threshold, a few times sum |Q_i|; nothing of size m. "scan" and "tree" hold (1 + 1/15) n m products and the starting
+    weights of live neurons, "dense" m d weights.
     Costs: fit takes O(n m d) once, then for each step the search as above and the solver, O(n^3) for "cholesky". It raises
     ValueError, TypeError or MemoryError on bad input, LinAlgError when the Gram matrix is singular and damping is zero.
     """

@@ -880,6 +880,24 @@ def test_fits_in_several_threads_at_once_and_in_a_fork_have_the_bits_of_one_alon
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=HERE, check=True, timeout=120)
 
 
+def test_a_fit_in_the_background_goes_on_when_the_main_thread_has_ended():
+    code = (
+        "import threading, time\n"
+        "import numpy as np\n"
+        "from sublin import SublinearTrainer\n"
+        "rng, ended = np.random.default_rng(0), threading.Event()\n"
+        "X, y = rng.standard_normal((64, 8)), rng.standard_normal(64)\n"
+        "def fit():\n"
+        "    slow = lambda record: ended.set() or time.sleep(0.5 * (record['iteration'] < 2))\n"
+        "    net = SublinearTrainer(1 << 16, random_state=0, max_iter=3, tol=0.0, callback=slow).fit(X, y)\n"
+        "    print(net.n_iter_)\n"
+        "threading.Thread(target=fit).start()\n"
+        "ended.wait()\n"
+    )
+    run = [sys.executable, "-W", "ignore", "-c", code]
+    assert subprocess.run(run, cwd=HERE, check=True, timeout=120, capture_output=True, text=True).stdout == "3\n"
+
+
 def spoil_first(name, value):
     """Overwrites an entry of the first row with an active pair, or of its first pair, the most active one."""
 
