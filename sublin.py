@@ -171,7 +171,7 @@ def _over_chunks(task, work, most=CHUNKS):
     takes the next share when it is done with one, since threads of a shared machine are not equally fast.
     """
     threads = min(most, numba.get_num_threads()) if work >= 1 << 16 else 1
-    shares = min(CHUNKS, 8 * threads) if work >= 1 << 26 else threads
+    shares = min(CHUNKS, 8 * threads) if work >= 1 << 24 else threads
     places, left, done = _places(threads), iter(range(shares)), {}
 
     def serve(thread):
@@ -2678,7 +2678,7 @@ class _Lazy(_Search):
                 neurons, _ = lists[-1]
             return lists, journal[:entries].copy()
 
-        work = 32 * size * self._used // max(1, self.n_live)
+        work = 8 * size * self._used // max(1, self.n_live)
         lists, journals = zip(*_over_chunks(walk, work, len(self.counts)), strict=True)
         if self._journal is not None:
             self._journal += journals
@@ -2698,15 +2698,8 @@ class _Lazy(_Search):
             rows = self._pairs.rows[some]
             weights = self._starting_weights(some)
             margins = 2 * rows["margin"].astype(float)
-            tracked = np.empty((some.size, n), bool)
-
-            def track(_, low, high, weights=weights, margins=margins, tracked=tracked):
-                for chunk in range(low, high):
-                    part = slice(len(weights) * chunk // CHUNKS, len(weights) * (chunk + 1) // CHUNKS)
-                    np.greater_equal(weights[part] @ self.X.T, (self.shift - margins[part])[:, None], out=tracked[part])
-
             with _serial_blas():
-                _over_chunks(track, tracked.size)
+                tracked = weights @ self.X.T >= (self.shift - margins)[:, None]
             ends = self._used + np.cumsum(np.count_nonzero(tracked, axis=1))
             starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
             self._reserve(self._used)
