@@ -188,6 +188,7 @@ def measure_steps(n, d, width, methods, repeats, progress, with_numpy=False):
     runs = {name: [] for name in methods}
     for turn in range(repeats + 1):
         for name in methods:
+            time.sleep(0.05)  # until the idle threads of the method before no longer spin on the cores
             trainer = train(name, X, y, width)
             if turn > 0:  # the first turn is a warm-up
                 runs[name].append({"init_seconds": trainer.init_seconds_, "steps": trainer.history_[1:]})
