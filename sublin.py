@@ -1645,22 +1645,16 @@ class Scratch(NamedTuple):
     @classmethod
     def of(cls, n, d):
         return cls(
-            moved_by=_apart(n + 1, np.int32),
-            factors=_apart(n + 1, np.float64),
-            w=_apart(d, np.float64),
-            w32=_apart(d, np.float32),
-            excess=_apart(n, np.float64),
-            candidates=_apart(n + 1, np.int32),
-            noted=_apart(3 * (NOTED + 1) * n, np.int32).reshape(-1, 3),
-            stayed=_apart((STAYED + 1) * n, np.int32),
+            moved_by=np.empty(n + 1, np.int32),
+            factors=np.empty(n + 1),
+            w=np.empty(d),
+            w32=np.empty(d, np.float32),
+            excess=np.empty(n),
+            candidates=np.empty(n + 1, np.int32),
+            noted=np.empty(((NOTED + 1) * n, 3), np.int32),
+            stayed=np.empty((STAYED + 1) * n, np.int32),
             note_ends=np.zeros((2, (NOTED + 1) * n + 1), np.int32),
         )
-
-
-def _apart(size, dtype):
-    """A vector that shares no cache line with another array, for whose writer another thread would have to wait."""
-    room = size * np.dtype(dtype).itemsize
-    return np.empty(room + 128, np.uint8)[64 : 64 + room].view(dtype)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -2578,10 +2572,8 @@ class _Lazy(_Search):
         # One for each thread, to be added up; more than one only if they take no more than 256 MB.
         self.counts = np.zeros((max(1, min(numba.get_num_threads(), (1 << 26) // n**2)), n, n), np.int32)
         # For the lists that a pass makes, so that steps take no new memory, whose first use costs 0.7 ns a byte.
-        self._near, self._due = np.empty((2, self.n_live), np.int32), np.empty(self.n_live, np.int32)
-        self._bounds = np.empty((2, self.n_live))
-        self._near.fill(0)
-        self._bounds.fill(0)
+        self._near, self._bounds = np.full((2, self.n_live), 0, np.int32), np.full((2, self.n_live), 0.0)
+        self._due = np.empty(self.n_live, np.int32)  # written whole by the first pass
         self._scratch = [Scratch.of(n, d) for _ in self.counts]
         self.outputs = np.zeros(n)
         self._pass()  # every active pair is found to have woken
