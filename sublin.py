@@ -1545,21 +1545,26 @@ def _regression_tolerance(X, shift):
 #
 #     w_r = w_r(0) + dw_r,    dw_r = -m^(-1/2) a_r sum_i gamma[r, i] x_i,    <w_r, x_j> = <w_r(0), x_j> + <dw_r, x_j>.
 #
-# A look at a neuron need not go further down its row than to b - |dw_r|, for no product has moved by more.
+# A look at a neuron need not go further down its row than to b - |dw_r|, for no product has moved by more. The two neurons
+# of an antisymmetric pair, *twins*, have one row of starting products; until one of them flips they move by opposites.
 #
 # Nor need a neuron be looked at in every step. Let A_i be the sum of |g_i| / sqrt(m) over the steps, the *path* of point i,
-# and D that of |g|_inf / sqrt(m), the *distance* of all. From one look to the next act(r) is the same, so while the sum of
-# A_i over act(r) grows by U, active products of neuron r move by U at most and the others by U cross, with cross the largest
-# |<x_i, x_j>|, i != j. Take the least excess of an active product over b and the least shortfall of another, divided by
-# cross: the lesser of the two is the neuron's *slack*, and while U is below it no pair can have flipped. Since U is at
-# most k = |act(r)| times the growth of D, the neuron need not even be thought of before D has grown by slack / k: this
-# value of D is its *certificate*. A step *checks* the neurons whose certificates ran out, and *looks at* those whose slack
-# is used up, reading their rows.
+# D that of |g|_inf / sqrt(m), the *distance* of all, and cross_i the largest |<x_i, x_j>| over j != i. From one look to the
+# next act(r) is the same, so active products move by no more than the sum of A_i over act(r) grows, and the others by no
+# more than that of A_i cross_i grows. Each of the two sums has a *limit*, up to which no pair can have flipped: from it the
+# first one's distance is the least excess of an active product over b, the second one's the least shortfall of another.
+# Since D grows by at least 1 / |act(r)| of what the first sum does, the neuron need not even be thought of before D reaches
+# a certain value, its *certificate*. A step *checks* the neurons whose certificates ran out, and *looks at* those that have
+# reached a limit, reading their rows: only as far as pairs have ever been active, if it is the first.
 
 # Margins are MARGIN times the movement expected of products by the end of training. Means over the steps of a run with 1.2,
 # 1.4, 1.6: 5.9, 3.9, 3.7 ms at n = 64, m = 2^20; with 1.35, 1.45, 1.6: 176, 138, 130 ms at n = 1024, m = 2^18, where
 # initialisation takes 0.9, 1.0, 1.1 s. Below 1.4 rows are made anew by the thousand.
 MARGIN = 1.6
+
+# A look reads on to AHEAD |dw_r| below b, so that the next few need not read as far: 126,000 looks in the third step at
+# n = 1024, m = 2^18 with 1.0, and 88,000 with 1.03 to 1.3, of which 15,000 read as far.
+AHEAD = 1.05
 
 GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments for the average case of Shellsort", 2001
 
@@ -1568,15 +1573,18 @@ GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments 
 RECORDS = np.recarray if numba.config.DISABLE_JIT else np.ndarray
 
 
-# A live neuron. Its pairs are start, ..., start + count - 1. A record of 32 bytes is half a cache line.
+# A live neuron. Its pairs are start, ..., start + count - 1, which it shares with its twin. A record of 32 bytes is half a
+# cache line.
 LIVE_ROW = np.dtype(
     [
         ("start", np.int64),
-        ("limit", np.float64),  # the sum of A_i over act(r) at which the slack is used up
+        ("limit", np.float32),  # of the sum of A_i over act(r): up to here no pair within `reach` can have flipped
+        ("far_limit", np.float32),  # of that of A_i cross_i: up to here no other pair can have
         ("margin", np.float32),  # starting products that are not tracked are further below b than this
         ("count", np.int32),
         ("reach", np.int32),  # pairs that have ever been active are among so many first ones
-        ("sign", np.int32),  # a_r
+        ("sign", np.int16),  # a_r
+        ("twin", np.int16),  # 1 for the second of two twins, else 0
     ]
 )
 
@@ -1585,15 +1593,17 @@ class LivePairs(NamedTuple):
     """Tracked pairs by live neuron, starting products descending.
 
     gamma is not kept, as it grows in every step; `base` is, which changes where a pair flips: gamma = base + (the sum of g_i
-    over all steps if the pair is active, else 0).
+    over all steps if the pair is active, else 0). This and whether a pair is active are each twin's own: of the pairs of a
+    row, they are in base and active from copies * start + twin * count on.
     """
 
     rows: np.ndarray  # (n_live,) LIVE_ROW
     certificates: np.ndarray  # (n_live,) inf if no pair can flip any more, -inf for a look in any case
     points: np.ndarray  # (room,) int32
     products: np.ndarray  # (room,) at the start
-    base: np.ndarray  # (room,)
-    active: np.ndarray  # (room,) bool
+    base: np.ndarray  # (copies * room,)
+    active: np.ndarray  # (copies * room,) bool
+    copies: int  # neurons that are drawn with the same weights: 2 if antisymmetric, else 1
 
 
 class PointData(NamedTuple):
@@ -1636,6 +1646,7 @@ class Scratch(NamedTuple):
     factors: np.ndarray  # (n + 1,) by which they have moved the weights
     w: np.ndarray  # (d,) dw_r
     w32: np.ndarray  # (d,) float32
+    moves: np.ndarray  # (n,) of products
     excess: np.ndarray  # (n,) of products over b
     candidates: np.ndarray  # (n + 1,) int32, pairs that may have flipped, by where they stand in the row
     noted: np.ndarray  # ((NOTED + 1) n, 3) int32, flips that are not counted yet: point, +1 or -1, note
@@ -1649,6 +1660,7 @@ class Scratch(NamedTuple):
             factors=np.empty(n + 1),
             w=np.empty(d),
             w32=np.empty(d, np.float32),
+            moves=np.empty(n),
             excess=np.empty(n),
             candidates=np.empty(n + 1, np.int32),
             noted=np.empty(((NOTED + 1) * n, 3), np.int32),
@@ -1824,8 +1836,8 @@ def _combine(factors, rows, count, X, w):
 
 
 @njit(cache=True, fastmath=FAST)
-def _add_products(X, w, points, first, count, excess):
-    """excess[e] += <X[points[first + e]], w> for e < count."""
+def _products(X, w, points, first, count, out):
+    """out[e] = <X[points[first + e]], w> for e < count."""
     d = X.shape[1]
     for e in range(0, count - 3, 4):  # four sums that do not wait for each other: 360 instead of 640 ns for 46 rows, d = 64
         i0, i1, i2, i3 = points[first + e], points[first + e + 1], points[first + e + 2], points[first + e + 3]
@@ -1835,105 +1847,132 @@ def _add_products(X, w, points, first, count, excess):
             p1 += w[z] * X[i1, z]
             p2 += w[z] * X[i2, z]
             p3 += w[z] * X[i3, z]
-        excess[e] += p0
-        excess[e + 1] += p1
-        excess[e + 2] += p2
-        excess[e + 3] += p3
+        out[e], out[e + 1], out[e + 2], out[e + 3] = p0, p1, p2, p3
     for e in range(count - count % 4, count):
         product, i = w.dtype.type(0), points[first + e]
         for z in range(d):
             product += w[z] * X[i, z]
-        excess[e] += product
+        out[e] = product
+
+
+@njit(cache=True)
+def _rounded_down(x):
+    """A float32 number that is not above x >= 0."""
+    return np.float32(min(x, 3e38) * (1.0 - 2.0**-23) - 2.0**-148)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outputs, tally, scratch, journal):
-    """Checks the neurons due[edges[chunk]:due_ends[chunk]] of every chunk and, where the slack is used up, reads their rows:
+    """Checks the neurons due[edges[chunk]:due_ends[chunk]] of every chunk and, where a limit is reached, reads their rows:
     finds the flips, adds what they change to the `counts` of |Q_i n Q_j| and to the outputs f of the chunk. Makes out new
-    certificates.
+    limits and certificates.
 
     Flips are written to the journal, if it has room; returns how many.
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
     # operations (145 instead of 43 ns a row, when threads waited for each other's).
-    rows, certificates, points, products, base, active = pairs
+    rows, certificates, points, products, base, active, copies = pairs
     X, X32, XXt, cross, largest_cross, shift, unit, gather = data
     n, d = X.shape
-    moved_by, factors, w, w32, excess, candidates, noted, stayed, note_ends = scratch
-    inverse = -1.0 / largest_cross
+    moved_by, factors, w, w32, moves, excess, candidates, noted, stayed, note_ends = scratch
+    inverse = 1.0 / largest_cross
     notes = entries = 0
     for chunk in range(edges.size - 1):
-        looked_at = flips = woken = shorts = operations = 0
+        looked_at = flips = woken = shorts = operations = c = end = stop = 0
+        through_X, length, looked_into = False, np.inf, -1
         for place in range(edges[chunk], due_ends[chunk]):
             q = due[place]
             if place + 8 < due_ends[chunk]:  # a step like the second, at m = 2^22, takes 6.3 ms with this and 8.1 without
                 _prefetch(rows, due[place + 8])
-                soon = rows[due[place + 4]].start
-                _prefetch(points, soon)
-                _prefetch(products, soon)
-                _prefetch(base, soon)
-                _prefetch(active, soon)
+                soon = rows[due[place + 4]]
+                own = copies * soon.start + soon.twin * soon.count
+                _prefetch(points, soon.start)
+                _prefetch(products, soon.start)
+                _prefetch(base, own)
+                _prefetch(active, own)
             row = rows[q]
             first, size, reach, scale = row.start, row.count, row.reach, -unit * row.sign
-            k, c, bound, gone = 0, 0, 0.0, 0.0
-            for e in range(first, first + reach):  # always written, kept if it counts: no branch to mispredict
-                j = points[e]
-                gamma = base[e] + (sums[j] if active[e] else 0.0)
-                moved_by[c], factors[c] = j, scale * gamma
-                bound += abs(factors[c]) * cross[j]
+            own = copies * first + row.twin * size
+            mirrored, last_c, last_end = first == looked_into, c, end  # whether all factors are those of its twin, negated
+            k, c, bound, gone, gone_far = 0, 0, 0.0, 0.0, 0.0
+            for e in range(reach):  # always written, kept if it counts: no branch to mispredict
+                j = points[first + e]
+                gamma = base[own + e] + (sums[j] if active[own + e] else 0.0)
+                factor, passed = scale * gamma, path[j] if active[own + e] else 0.0
+                mirrored &= (moved_by[c] == j) & (factors[c] == -factor)
+                moved_by[c], factors[c] = j, factor
+                bound += abs(factor) * cross[j]
                 c += gamma != 0.0
-                k += active[e]
-                gone += path[j] if active[e] else 0.0
-            if gone < row.limit:
-                certificates[q] = (distance + (row.limit - gone) / k) * (1.0 - 1e-15)
+                k += active[own + e]
+                gone += passed
+                gone_far += passed * cross[j]
+            slack, far_slack = row.limit - gone, row.far_limit - gone_far
+            if slack > 0.0 and far_slack > 0.0:
+                certificates[q] = (distance + min(slack, far_slack * inverse) / k) * (1.0 - 1e-15)
+                looked_into = -1
                 continue
             looked_at += 1
-            through_X, tolerance = gather * c * size > (c + size) * d, 0.0
-            if through_X:
-                length = (1.0 + 2e-6) * _combine(factors, moved_by, c, X, w)
+            end = reach if far_slack > 0.0 else size
+            if mirrored and c == last_c and end == last_end:
                 for z in range(d):
-                    w32[z] = w[z]
+                    w[z] = -w[z]
+                for e in range(stop):
+                    moves[e] = -moves[e]
                 bound = min(bound, length)
-                tolerance = (d + 4) * 2.0**-24 * length
-            stop, end = reach, size
-            while stop < end:  # bisection
-                middle = (stop + end) // 2
-                if products[first + middle] >= shift - bound:
-                    stop = middle + 1
-                else:
-                    end = middle
-            if through_X:
-                for e in range(stop):
-                    excess[e] = products[first + e] - shift
-                _add_products(X32, w32, points, first, stop, excess)
             else:
-                for e in range(stop):
-                    move, j = 0.0, points[first + e]
-                    for a in range(c):
-                        move += factors[a] * XXt[j, moved_by[a]]
-                    excess[e] = products[first + e] - shift + move
-            # Slack of the products from `stop` on, none of which has moved by more than `bound`; negative if one that is not
-            # tracked may be active.
-            rest = (bound - (shift - products[first + stop] if stop < size else row.margin)) * inverse
-            slack, still, turned, kept = rest, k, note_ends[0, notes], note_ends[1, notes]
+                through_X, length = gather * c * end > (c + end) * d, np.inf
+                if through_X:
+                    length = (1.0 + 2e-6) * _combine(factors, moved_by, c, X, w)
+                    for z in range(d):
+                        w32[z] = w[z]
+                bound, stop, high = min(bound, length), reach, end
+                while stop < high:  # bisection
+                    middle = (stop + high) // 2
+                    if products[first + middle] >= shift - AHEAD * bound:
+                        stop = middle + 1
+                    else:
+                        high = middle
+                if through_X:
+                    _products(X32, w32, points, first, stop, moves)
+                    operations += (c + stop) * d
+                else:
+                    for e in range(stop):
+                        move, j = 0.0, points[first + e]
+                        for a in range(c):
+                            move += factors[a] * XXt[j, moved_by[a]]
+                        moves[e] = move
+                    operations += c * stop
+            looked_into = first
+            operations += stop
+            tolerance = (d + 4) * 2.0**-24 * length if through_X else 0.0
             for e in range(stop):
-                slack = min(slack, excess[e] - tolerance if active[first + e] else (excess[e] + tolerance) * inverse)
-            if slack <= 0.0:  # a flip, or within rounding of one: such pairs are decided in float64
+                excess[e] = products[first + e] - shift + moves[e]
+            slack, far_excess, still, turned, kept = np.inf, -np.inf, k, note_ends[0, notes], note_ends[1, notes]
+            for e in range(reach):
+                slack = min(slack, excess[e] - tolerance if active[own + e] else -(excess[e] + tolerance) * inverse)
+            for e in range(reach, stop):
+                far_excess = max(far_excess, excess[e])
+            if far_slack <= 0.0:
+                # None of the products from `stop` on has moved by more than `bound`; negative if one that is not tracked may
+                # be active.
+                far_slack = (shift - products[first + stop] if stop < size else row.margin) - bound
+            is_short = far_slack < 0.0
+            if slack <= 0.0 or far_excess >= -tolerance:  # a flip, or within rounding of one: decided in float64
                 found = reach
                 for e in range(reach):
                     candidates[e] = e
-                slack = rest
+                far_excess = -np.inf
                 for e in range(reach, stop):
                     far = excess[e] < -tolerance
-                    slack = min(slack, (excess[e] + tolerance) * inverse if far else np.inf)
+                    far_excess = max(far_excess, excess[e] if far else -np.inf)
                     candidates[found] = e
                     found += not far
-                gone, still = 0.0, 0
+                slack, gone, gone_far, still = np.inf, 0.0, 0.0, 0
                 for s in range(found):
-                    e = first + candidates[s]
-                    j, above, was_active = points[e], excess[candidates[s]], active[e]
+                    e = candidates[s]
+                    j, above, was_active = points[first + e], excess[e], active[own + e]
                     if through_X and ((above >= 0.0) != was_active or not abs(above) > tolerance):
-                        above = products[e] - shift
+                        above = products[first + e] - shift
                         for z in range(d):
                             above += w[z] * X[j, z]
                     is_active = above >= 0.0
@@ -1941,20 +1980,20 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                         outputs[chunk, j] -= scale * abs(above)
                         if journal.size:
                             flip = journal[entries]
-                            flip.neuron, flip.point, flip.earlier = q, j, base[e]
+                            flip.neuron, flip.point, flip.earlier = q, j, base[own + e]
                             entries += 1
-                        base[e] += sums[j] if was_active else -sums[j]
-                        active[e] = is_active
+                        base[own + e] += sums[j] if was_active else -sums[j]
+                        active[own + e] = is_active
                         noted[turned, 0], noted[turned, 1], noted[turned, 2] = j, 1 if is_active else -1, notes
                         turned += 1
-                        reach = max(reach, candidates[s] + 1)
+                        row.reach = max(row.reach, e + 1)
                     stayed[kept] = j
                     kept += is_active and was_active
                     still += is_active
                     gone += path[j] if is_active else 0.0
-                    slack = min(slack, above - tolerance if is_active else (above + tolerance) * inverse)
-                row.reach = reach
-            operations += (c + stop) * d if through_X else (c + 1) * stop
+                    gone_far += path[j] * cross[j] if is_active else 0.0
+                    slack = min(slack, above - tolerance if is_active else -(above + tolerance) * inverse)
+                    far_excess = max(far_excess, above if e >= reach and not is_active else -np.inf)
             if turned > note_ends[0, notes]:
                 new = turned - note_ends[0, notes]
                 woken += int(still > 0) - int(k > 0)
@@ -1965,14 +2004,15 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                 if turned >= NOTED * n or kept >= STAYED * n:
                     _count_flips(counts, noted, stayed, note_ends, notes)
                     notes = 0
-            if rest < 0.0:
-                certificates[q] = row.limit = -np.inf
+            if is_short:
+                certificates[q] = row.limit = row.far_limit = -np.inf
                 row.margin = max(row.margin, bound)  # what was needed, for _widen to double
                 shorts += 1
-            elif still > 0:
-                slack = max(0.0, slack) * (1.0 - 3e-6)  # rows of X may be longer than 1 by 1e-6
-                certificates[q] = (distance + slack / still) * (1.0 - 1e-15)  # rounded down, however long the way so far
-                row.limit = (gone + slack) * (1.0 - 1e-15)
+            elif still > 0:  # rounded down, however long the way so far; rows of X may be longer than 1 by 1e-6
+                slack = max(0.0, slack) * (1.0 - 3e-6)
+                far_slack = max(0.0, min(far_slack, -far_excess - tolerance)) * (1.0 - 3e-6)
+                certificates[q] = (distance + min(slack, far_slack * inverse) / still) * (1.0 - 1e-15)
+                row.limit, row.far_limit = _rounded_down(gone + slack), _rounded_down(gone_far + far_slack)
             else:
                 certificates[q] = np.inf
         tally[chunk, LOOKED_AT] += looked_at
@@ -1987,28 +2027,30 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
 @njit(cache=True)
 def _take_back(pairs, journal):
     """Undoes the flips of a journal, the last one first, and voids the certificates of their neurons."""
-    rows, certificates, points, _, base, active = pairs
+    rows, certificates, points, _, base, active, copies = pairs
     for z in range(journal.size - 1, -1, -1):
         flip = journal[z]
         row = rows[flip.neuron]
-        e = row.start
-        while points[e] != flip.point:
+        own, e = copies * row.start + row.twin * row.count, 0
+        while points[row.start + e] != flip.point:
             e += 1
-        active[e], base[e] = not active[e], flip.earlier
-        certificates[flip.neuron] = row.limit = -np.inf
+        active[own + e], base[own + e] = not active[own + e], flip.earlier
+        certificates[flip.neuron] = row.limit = row.far_limit = -np.inf
 
 
 @njit(cache=True, nogil=True)
 def _widen_rows(pairs, short, tracked, weights, X, margins, starts, low, high):
     """Makes the rows of the neurons short[low:high] anew, from `starts` on, with wider margins, of the points `tracked`
     (len(short), n). Starting products are those of _live_rows to the bit."""
-    rows, _, points, products, base, active = pairs
+    rows, _, points, products, base, active, copies = pairs
     n = len(X)
     old_base, old_active = np.zeros(n), np.zeros(n, np.bool_)
     for z in range(low, high):
         row = rows[short[z]]
-        for e in range(row.start, row.start + row.reach):
-            old_base[points[e]], old_active[points[e]] = base[e], active[e]
+        own = copies * row.start + row.twin * row.count
+        for e in range(row.reach):
+            j = points[row.start + e]
+            old_base[j], old_active[j] = base[own + e], active[own + e]
         row.start, row.margin = starts[z], margins[z]
         end = row.start
         for j in range(n):
@@ -2017,43 +2059,45 @@ def _widen_rows(pairs, short, tracked, weights, X, margins, starts, low, high):
                 end += 1
         _sort_descending(products, points, row.start, end)
         row.count = end - row.start
-        for e in range(row.start, end):
-            base[e], active[e] = old_base[points[e]], old_active[points[e]]
-            old_base[points[e]], old_active[points[e]] = 0.0, False
-            if base[e] != 0.0 or active[e]:
-                row.reach = e + 1 - row.start
+        own = copies * row.start + row.twin * row.count
+        for e in range(row.count):
+            j = points[row.start + e]
+            base[own + e], active[own + e] = old_base[j], old_active[j]
+            if old_active[j] or old_base[j] != 0.0:
+                row.reach = e + 1
+            old_base[j], old_active[j] = 0.0, False
         if row.count == n:
             row.margin = np.inf
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _add_outputs(pairs, edges, sums, data, outputs):
-    """Adds f of the neurons edges[chunk], ..., edges[chunk + 1] - 1 to outputs[chunk], from their pairs."""
-    rows, _, points, products, base, active = pairs
+def _add_outputs(pairs, edges, data, outputs):
+    """Adds f of the neurons edges[chunk], ..., edges[chunk + 1] - 1 to outputs[chunk], from their pairs; without what the
+    `sums` in gamma move, which is -G sums."""
+    rows, _, points, products, base, active, copies = pairs
     X, _, XXt, _, _, shift, unit, gather = data
     n, d = X.shape
     moved_by, factors, w = np.empty(n + 1, np.int32), np.empty(n + 1), np.empty(d)
-    firing, excess = np.empty(n + 1, np.int32), np.empty(n + 1)
+    firing, excess, moves = np.empty(n + 1, np.int32), np.empty(n + 1), np.empty(n)
     for chunk in range(edges.size - 1):
         for q in range(edges[chunk], edges[chunk + 1]):
             row = rows[q]
+            first, own = row.start, copies * row.start + row.twin * row.count
             k, c, scale = 0, 0, -unit * row.sign
-            for e in range(row.start, row.start + row.reach):
-                j = points[e]
-                gamma = base[e] + (sums[j] if active[e] else 0.0)
-                moved_by[c], factors[c] = j, scale * gamma
-                c += gamma != 0.0
-                firing[k], excess[k] = j, products[e] - shift
-                k += active[e]
+            for e in range(row.reach):
+                moved_by[c], factors[c] = points[first + e], scale * base[own + e]
+                c += base[own + e] != 0.0
+                firing[k], excess[k] = points[first + e], products[first + e] - shift
+                k += active[own + e]
             if gather * c * k > (c + k) * d:
                 _combine(factors, moved_by, c, X, w)
-                _add_products(X, w, firing, 0, k, excess)
+                _products(X, w, firing, 0, k, moves)
+                for h in range(k):
+                    excess[h] += moves[h]
             else:
                 for h in range(k):
-                    product, j = 0.0, firing[h]
                     for a in range(c):
-                        product += factors[a] * XXt[j, moved_by[a]]
-                    excess[h] += product
+                        excess[h] += factors[a] * XXt[firing[h], moved_by[a]]
             for h in range(k):
                 outputs[chunk, firing[h]] -= scale * excess[h]
 
@@ -2061,14 +2105,17 @@ def _add_outputs(pairs, edges, sums, data, outputs):
 @njit(cache=True, nogil=True, fastmath=FAST)
 def _moves(pairs, neurons, sums, X, unit):
     """dw of some neurons (len(neurons), d)."""
+    rows, _, points, _, base, active, copies = pairs
     dW = np.zeros((neurons.size, X.shape[1]))
     for z in range(neurons.size):
-        row = pairs.rows[neurons[z]]
-        for e in range(row.start, row.start + row.reach):
-            gamma = pairs.base[e] + (sums[pairs.points[e]] if pairs.active[e] else 0.0)
+        row = rows[neurons[z]]
+        own = copies * row.start + row.twin * row.count
+        for e in range(row.reach):
+            j = points[row.start + e]
+            gamma = base[own + e] + (sums[j] if active[own + e] else 0.0)
             if gamma != 0.0:
                 for c in range(X.shape[1]):
-                    dW[z, c] += row.sign * -unit * gamma * X[pairs.points[e], c]
+                    dW[z, c] += row.sign * -unit * gamma * X[j, c]
     return dW
 
 
@@ -2080,9 +2127,10 @@ def _active_pairs(pairs, order):
     free = 0
     for z in range(order.size):
         row = pairs.rows[order[z]]
-        for e in range(row.start, row.start + row.reach):
-            points[free] = pairs.points[e]
-            free += pairs.active[e]
+        own = pairs.copies * row.start + row.twin * row.count
+        for e in range(row.reach):
+            points[free] = pairs.points[row.start + e]
+            free += pairs.active[own + e]
         indptr[z + 1] = free
     return indptr, points[:free].copy()
 
@@ -2487,7 +2535,9 @@ class _Lazy(_Search):
     def _allocate(self):
         n = len(self.X)
         expected = n * self.width * scipy.special.ndtr(-self.shift)  # active pairs at the start; more are tracked
-        needed = 21 * expected + 68 * min(self.width, expected)  # for pairs and for neurons
+        self._copies = 2 if self.init == "antisymmetric" else 1
+        # For pairs and for neurons.
+        needed = (12 / self._copies + 9) * expected + 68 * min(self.width, expected)
         _check_memory(f"live pairs of {n} points and {self.width} neurons", needed)
         cross = np.maximum(np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1), 1e-12)
         self._data = PointData(
@@ -2519,55 +2569,48 @@ class _Lazy(_Search):
         piece = max(64, (1 << 19) // n)  # vectors whose products are made together, 2 MB of them
 
         def rows_of(first, vectors, signs):
-            copies = signs.size // len(vectors)
             found = []
             for low in range(0, len(vectors), piece):
                 some = vectors[low : low + piece]
                 products = some @ self._data.X32.T
                 active, thresholds, tracked = _thresholds(products, least_active, pull, cross, lowered_shift)
-                numbers = first + copies * (low + np.arange(len(some)))
+                numbers = first + self._copies * (low + np.arange(len(some)))
                 rows = np.flatnonzero((active > 0) & ~np.isin(numbers, moved) if moved.size else active)
                 # Rows of equal length together: loops of an expected length are faster by a third.
                 rows = rows[np.lexsort((active[rows], tracked[rows]))]
                 room = int(tracked[rows].sum())
                 live, *arrays = _live_rows(rows, room, products, some, self.X, self.shift, thresholds, rounding)
-                numbers = np.concatenate([numbers[live] + copy for copy in range(copies)])
-                twins = [np.concatenate([array] * copies) for array in arrays]
-                found.append((some[live], numbers, signs[numbers - first], *twins))
+                numbers = (numbers[live][:, None] + np.arange(self._copies)).ravel()
+                found.append((some[live], numbers, signs[numbers - first], *arrays))
             return found
 
         found = [arrays for block in draw(rows_of) for arrays in block]
         vectors, live, signs, sizes, margins, points, products = zip(*found, strict=True)
-        counts = np.array([len(some) for some in vectors])
-        firsts = np.cumsum(counts) - counts
-        copies = sum(map(len, live)) // max(1, counts.sum())
-        owned = [np.tile(np.arange(low, low + count), copies) for low, count in zip(firsts, counts, strict=True)]
-        owned.append(np.arange(counts.sum(), counts.sum() + moved.size))
-        self._vector_of = np.concatenate(owned)
         self._vectors = np.concatenate([*vectors, weights])  # in float32, as long as none has moved
         self.live, self.signs = np.concatenate([*live, moved]), np.concatenate([*signs, moved_signs]).astype(float)
         self.n_live = self.live.size
-        sizes, used = np.concatenate(sizes), sum(map(len, points))
+        sizes, self._used = np.concatenate(sizes), sum(map(len, points))
+        self._drawn = self._copies * sizes.size  # of the live neurons; the others' vectors are at hand, one for each
         rows = np.zeros(self.n_live, LIVE_ROW).view(RECORDS)
-        rows["limit"], rows["sign"] = -np.inf, self.signs
-        drawn = rows[: sizes.size]
-        drawn["start"], drawn["count"] = np.cumsum(sizes, dtype=np.int64) - sizes, sizes
-        drawn["margin"] = np.concatenate(margins)
-        room = used + used // 2  # memory that is not written is not taken
-        self._used = used
+        rows["limit"], rows["far_limit"], rows["sign"] = -np.inf, -np.inf, self.signs
+        drawn = rows[: self._drawn].reshape(-1, self._copies)
+        drawn["start"], drawn["count"] = (np.cumsum(sizes, dtype=np.int64) - sizes)[:, None], sizes[:, None]
+        drawn["margin"], drawn["twin"] = np.concatenate(margins)[:, None], np.arange(self._copies)
+        room = self._used + self._used // 2  # memory that is not written is not taken
         self._pairs = LivePairs(
             rows=rows,
             certificates=np.full(self.n_live, -np.inf),
             points=np.empty(room, np.int32),
             products=np.empty(room),
-            base=np.zeros(room),
-            active=np.zeros(room, bool),
+            base=np.zeros(self._copies * room),
+            active=np.zeros(self._copies * room, bool),
+            copies=self._copies,
         )
-        np.concatenate(points, out=self._pairs.points[:used])
-        np.concatenate(products, out=self._pairs.products[:used])
+        np.concatenate(points, out=self._pairs.points[: self._used])
+        np.concatenate(products, out=self._pairs.products[: self._used])
         if moved.size:
-            rows["margin"][sizes.size :] = np.sqrt(np.mean(pull**2)) / 2  # half a typical one, which _widen doubles
-        self._widen(np.arange(sizes.size, self.n_live, dtype=np.int32))
+            rows["margin"][self._drawn :] = np.sqrt(np.mean(pull**2)) / 2  # half a typical one, which _widen doubles
+        self._widen(np.arange(self._drawn, self.n_live, dtype=np.int32))
         self._ladder = [Rung(np.inf, np.arange(self.n_live, dtype=np.int32), self._pairs.certificates)]
         # One for each thread, to be added up; more than one only if they take no more than 256 MB.
         self.counts = np.zeros((max(1, min(numba.get_num_threads(), (1 << 26) // n**2)), n, n), np.int32)
@@ -2706,12 +2749,16 @@ class _Lazy(_Search):
         """Makes room for so many pairs."""
         pairs = self._pairs
         if room > pairs.points.size:
-            more = room + room // 2 - pairs.points.size
+            growth = 1.5 * room / pairs.points.size
+
+            def longer(array):
+                return np.concatenate([array, np.empty(int(growth * array.size) - array.size, array.dtype)])
+
             self._pairs = pairs._replace(
-                **{
-                    name: np.concatenate([getattr(pairs, name), np.empty(more, getattr(pairs, name).dtype)])
-                    for name in ("points", "products", "base", "active")
-                }
+                points=longer(pairs.points),
+                products=longer(pairs.products),
+                base=longer(pairs.base),
+                active=longer(pairs.active),
             )
 
     def settle(self):
@@ -2719,10 +2766,10 @@ class _Lazy(_Search):
         outputs = np.zeros((CHUNKS, len(self.X)))
 
         def add(_, low, high):
-            _add_outputs(self._pairs, edges[low : high + 1], self._sum, self._data, outputs[low:high])
+            _add_outputs(self._pairs, edges[low : high + 1], self._data, outputs[low:high])
 
         _over_chunks(add, 4 * self._used)
-        self.outputs = outputs.sum(axis=0)
+        self.outputs = outputs.sum(axis=0) - self.gram @ self._sum
 
     def gathered(self, order=None):
         """The active sets, neurons by row or by where their rows stand in `order`."""
@@ -2736,7 +2783,8 @@ class _Lazy(_Search):
         return active._replace(neurons=self.live[order[active.neurons]])
 
     def _starting_weights(self, rows):
-        return self._vectors[self._vector_of[rows]].astype(float)
+        shared = self._drawn // self._copies
+        return self._vectors[np.where(rows < self._drawn, rows // self._copies, rows - self._drawn + shared)].astype(float)
 
     def _trained(self):
         def trained(rows):
@@ -2748,16 +2796,18 @@ class _Lazy(_Search):
         """Asserts every invariant of the live pairs against the weights and all products of live neurons."""
         pairs, n = self._pairs, len(self.X)
         rows = pairs.rows
-        start = self._starting_weights(slice(None)) @ self.X.T
+        start = self._starting_weights(np.arange(self.n_live)) @ self.X.T
         moves = _moves(pairs, np.arange(self.n_live), self._sum, self.X, self._data.unit)
         products = start + moves @ self.X.T
         tolerance = 1e-9 * (1.0 + np.abs(products))
         neuron = np.repeat(np.arange(self.n_live), rows["count"])
         rank = np.arange(neuron.size) - np.repeat(np.cumsum(rows["count"]) - rows["count"], rows["count"])
         place = rank + rows["start"][neuron]
+        own = rank + (pairs.copies * rows["start"] + rows["twin"] * rows["count"])[neuron]
         points = pairs.points[place]
-        tracked, active = np.zeros((2, self.n_live, n), bool)
-        tracked[neuron, points], active[neuron, points] = True, pairs.active[place]
+        tracked, active, near = np.zeros((3, self.n_live, n), bool)
+        tracked[neuron, points], active[neuron, points] = True, pairs.active[own]
+        near[neuron, points] = rank < rows["reach"][neuron]
         assert tracked.sum() == neuron.size, "a point is tracked twice"
         excess = products - self.shift
         assert np.all((active == (excess >= 0)) | (np.abs(excess) <= tolerance)), "an active pair is missed or made up"
@@ -2767,7 +2817,7 @@ class _Lazy(_Search):
         assert not np.any(ascends & (rank > 0)), "tracked products are not in descending order"
         below = self.shift - rows["margin"][:, None]
         assert np.all(tracked | (start <= below + tolerance)), "a product within the margin is not tracked"
-        touched = pairs.active[place] | (pairs.base[place] != 0.0)
+        touched = pairs.active[own] | (pairs.base[own] != 0.0)
         assert np.all(rank[touched] < rows["reach"][neuron[touched]]), "a pair was active beyond the reach of its row"
         counts = self.counts.sum(axis=0)
         coactive = counts + counts.T - np.diag(np.diag(counts))
@@ -2775,10 +2825,12 @@ class _Lazy(_Search):
         moving = active.any(axis=1)
         assert self.changing == moving.sum(), "the number of neurons that move is wrong"
         certificates, firing, excess = pairs.certificates[moving], active[moving], excess[moving]
-        paths, distances = firing @ self._path, firing.sum(axis=1) * (certificates - self._distance)
-        claimed = np.maximum(rows["limit"][moving] - paths, distances)
-        slack = np.where(firing, excess, -excess / self._data.largest_cross) + tolerance[moving]
-        assert np.all(claimed[:, None] <= slack), "a pair can flip before its certificate ends"
+        distances, cross = firing.sum(axis=1) * (certificates - self._distance), self._data.largest_cross
+        claimed = np.maximum(rows["limit"][moving] - firing @ self._path, distances)[:, None]
+        claimed_far = np.maximum(rows["far_limit"][moving] - firing @ (self._path * self._data.cross), cross * distances)
+        claimed_far = np.where(near[moving], np.minimum(claimed * cross, claimed_far[:, None]), claimed_far[:, None])
+        safe = np.where(firing, claimed <= excess + tolerance[moving], claimed_far <= -excess + tolerance[moving])
+        assert np.all(safe), "a pair can flip before its certificate ends"
         certified = np.where(moving, pairs.certificates, np.inf)
         assert np.all(certified >= self._distance * (1.0 - 2e-15)), "a certificate is late"
         for horizon, neurons, bounds in self._ladder:
