@@ -2535,9 +2535,8 @@ class _Lazy(_Search):
     def _allocate(self):
         n = len(self.X)
         expected = n * self.width * scipy.special.ndtr(-self.shift)  # active pairs at the start; more are tracked
-        self._copies = 2 if self.init == "antisymmetric" else 1
-        # For pairs and for neurons.
-        needed = (12 / self._copies + 9) * expected + 68 * min(self.width, expected)
+        shared = 6 if self.init == "antisymmetric" else 12  # bytes of a pair
+        needed = (shared + 9) * expected + 68 * min(self.width, expected)  # for pairs and for neurons
         _check_memory(f"live pairs of {n} points and {self.width} neurons", needed)
         cross = np.maximum(np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1), 1e-12)
         self._data = PointData(
@@ -2557,6 +2556,7 @@ class _Lazy(_Search):
 
     def _start(self, y, draw, moved, weights, moved_signs):
         n, d = self.X.shape
+        copies = 2 if self.init == "antisymmetric" else 1
         # No float32 product is further from the float64 one than this; a normal number is below 8.3 (NumPy's ziggurat).
         rounding = (d + 4) * np.finfo(np.float32).eps * 8.3 * np.sqrt(d)
         largest = np.finfo(np.float32).max
@@ -2574,13 +2574,13 @@ class _Lazy(_Search):
                 some = vectors[low : low + piece]
                 products = some @ self._data.X32.T
                 active, thresholds, tracked = _thresholds(products, least_active, pull, cross, lowered_shift)
-                numbers = first + self._copies * (low + np.arange(len(some)))
+                numbers = first + copies * (low + np.arange(len(some)))
                 rows = np.flatnonzero((active > 0) & ~np.isin(numbers, moved) if moved.size else active)
                 # Rows of equal length together: loops of an expected length are faster by a third.
                 rows = rows[np.lexsort((active[rows], tracked[rows]))]
                 room = int(tracked[rows].sum())
                 live, *arrays = _live_rows(rows, room, products, some, self.X, self.shift, thresholds, rounding)
-                numbers = (numbers[live][:, None] + np.arange(self._copies)).ravel()
+                numbers = (numbers[live][:, None] + np.arange(copies)).ravel()
                 found.append((some[live], numbers, signs[numbers - first], *arrays))
             return found
 
@@ -2590,21 +2590,21 @@ class _Lazy(_Search):
         self.live, self.signs = np.concatenate([*live, moved]), np.concatenate([*signs, moved_signs]).astype(float)
         self.n_live = self.live.size
         sizes, self._used = np.concatenate(sizes), sum(map(len, points))
-        self._drawn = self._copies * sizes.size  # of the live neurons; the others' vectors are at hand, one for each
+        self._drawn = copies * sizes.size  # of the live neurons; the others' vectors are at hand, one for each
         rows = np.zeros(self.n_live, LIVE_ROW).view(RECORDS)
         rows["limit"], rows["far_limit"], rows["sign"] = -np.inf, -np.inf, self.signs
-        drawn = rows[: self._drawn].reshape(-1, self._copies)
+        drawn = rows[: self._drawn].reshape(-1, copies)
         drawn["start"], drawn["count"] = (np.cumsum(sizes, dtype=np.int64) - sizes)[:, None], sizes[:, None]
-        drawn["margin"], drawn["twin"] = np.concatenate(margins)[:, None], np.arange(self._copies)
+        drawn["margin"], drawn["twin"] = np.concatenate(margins)[:, None], np.arange(copies)
         room = self._used + self._used // 2  # memory that is not written is not taken
         self._pairs = LivePairs(
             rows=rows,
             certificates=np.full(self.n_live, -np.inf),
             points=np.empty(room, np.int32),
             products=np.empty(room),
-            base=np.zeros(self._copies * room),
-            active=np.zeros(self._copies * room, bool),
-            copies=self._copies,
+            base=np.zeros(copies * room),
+            active=np.zeros(copies * room, bool),
+            copies=copies,
         )
         np.concatenate(points, out=self._pairs.points[: self._used])
         np.concatenate(products, out=self._pairs.products[: self._used])
@@ -2749,16 +2749,16 @@ class _Lazy(_Search):
         """Makes room for so many pairs."""
         pairs = self._pairs
         if room > pairs.points.size:
-            growth = 1.5 * room / pairs.points.size
+            more = room + room // 2 - pairs.points.size
 
-            def longer(array):
-                return np.concatenate([array, np.empty(int(growth * array.size) - array.size, array.dtype)])
+            def longer(array, copies=1):
+                return np.concatenate([array, np.empty(copies * more, array.dtype)])
 
             self._pairs = pairs._replace(
                 points=longer(pairs.points),
                 products=longer(pairs.products),
-                base=longer(pairs.base),
-                active=longer(pairs.active),
+                base=longer(pairs.base, pairs.copies),
+                active=longer(pairs.active, pairs.copies),
             )
 
     def settle(self):
@@ -2783,8 +2783,9 @@ class _Lazy(_Search):
         return active._replace(neurons=self.live[order[active.neurons]])
 
     def _starting_weights(self, rows):
-        shared = self._drawn // self._copies
-        return self._vectors[np.where(rows < self._drawn, rows // self._copies, rows - self._drawn + shared)].astype(float)
+        copies = self._pairs.copies
+        drawn = np.minimum(rows, self._drawn)
+        return self._vectors[drawn // copies + (rows - drawn)].astype(float)
 
     def _trained(self):
         def trained(rows):

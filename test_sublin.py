@@ -903,10 +903,13 @@ def spoil_first(name, value):
 
     def spoil(search):
         pairs = search._pairs
-        q = np.argmax(np.isfinite(pairs.certificates))
-        array, place = (pairs.rows[name], q) if name in pairs.rows.dtype.names else (getattr(pairs, name), q)
-        if array.size != len(pairs.rows):
-            place = pairs.rows["start"][q]
+        q = np.argmax(np.isfinite(pairs.certificates) & np.isfinite(pairs.rows["margin"]))
+        row = pairs.rows[q]
+        array, place = getattr(pairs, name, None), q
+        if array is None:
+            array = pairs.rows[name]
+        elif name != "certificates":
+            place = row["start"] if name == "products" else pairs.copies * row["start"] + row["twin"] * row["count"]
         array[place] = value(array[place])
 
     return spoil
@@ -918,6 +921,7 @@ def spoil_first(name, value):
     [
         (spoil_first("certificates", lambda certificate: np.inf), "a pair can flip before its certificate ends"),
         (spoil_first("limit", lambda limit: limit + 3.0), "a pair can flip before its certificate ends"),
+        (spoil_first("far_limit", lambda limit: limit + 3.0), "a pair can flip before its certificate ends"),
         (spoil_first("margin", lambda margin: np.inf), "a product within the margin is not tracked"),
         (spoil_first("reach", lambda reach: 0), "active"),
         (spoil_first("products", lambda product: product + 1e-6), "a tracked product is wrong"),
