@@ -197,6 +197,11 @@ def _over_chunks(task, work, most=CHUNKS):
     return [done[share] for share in range(shares)]
 
 
+def _chunk_edges(size):
+    """Where the chunks of so many neurons begin, and the last one ends."""
+    return size * np.arange(CHUNKS + 1) // CHUNKS
+
+
 @cache
 def _openblas_threads():
     """(getter, setter) of the number of threads, for each OpenBLAS in the wheels of NumPy and SciPy; else none."""
@@ -1566,6 +1571,8 @@ MARGIN = 1.6
 # n = 1024, m = 2^18 with 1.0, and 88,000 with 1.03 to 1.3, of which 15,000 read as far.
 AHEAD = 1.05
 
+LESS = 1.0 - 3e-6  # of a slack is relied upon, as rows of X may be longer than 1 by 1e-6
+
 GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments for the average case of Shellsort", 2001
 
 
@@ -1861,6 +1868,40 @@ def _rounded_down(x):
     return np.float32(min(x, 3e38) * (1.0 - 2.0**-23) - 2.0**-148)
 
 
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def _certificate(distance, slack, far_slack, k, inverse):
+    """Up to which distance neither slack can be used up, with k active pairs and `inverse` 1 / the largest cross_i; rounded
+    down, however long the way so far."""
+    return (distance + min(slack, far_slack * inverse) / k) * (1.0 - 1e-15)
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def _begin(pairs, edges, data, counts, outputs):
+    """Finds the active pairs, limits and certificates of the neurons edges[chunk], ..., edges[chunk + 1] - 1, which have not
+    moved, their `counts` and outputs f. Returns how many are active on some point."""
+    rows, certificates, points, products, base, active, copies = pairs
+    woken = 0
+    for chunk in range(edges.size - 1):
+        for q in range(edges[chunk], edges[chunk + 1]):
+            row = rows[q]
+            first, size, k = row.start, row.count, 0
+            own = copies * first + row.twin * size
+            while k < size and products[first + k] >= data.shift:
+                i = points[first + k]
+                outputs[chunk, i] += data.unit * row.sign * (products[first + k] - data.shift)
+                active[own + k], base[own + k] = True, 0.0
+                k += 1
+                for e in range(first, first + k):
+                    counts[i, points[e]] += 1
+            row.reach = k
+            woken += k > 0
+            slack = (products[first + k - 1] - data.shift) * LESS if k > 0 else np.inf
+            far_slack = (data.shift - products[first + k] if k < size else row.margin) * LESS
+            certificates[q] = _certificate(0.0, slack, far_slack, k, 1.0 / data.largest_cross)
+            row.limit, row.far_limit = _rounded_down(slack), _rounded_down(far_slack)
+    return woken
+
+
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outputs, tally, scratch, journal):
     """Checks the neurons due[edges[chunk]:due_ends[chunk]] of every chunk and, where a limit is reached, reads their rows:
@@ -1908,7 +1949,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                 gone_far += passed * cross[j]
             slack, far_slack = row.limit - gone, row.far_limit - gone_far
             if slack > 0.0 and far_slack > 0.0:
-                certificates[q] = (distance + min(slack, far_slack * inverse) / k) * (1.0 - 1e-15)
+                certificates[q] = _certificate(distance, slack, far_slack, k, inverse)
                 looked_into = -1
                 continue
             looked_at += 1
@@ -2008,10 +2049,10 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                 certificates[q] = row.limit = row.far_limit = -np.inf
                 row.margin = max(row.margin, bound)  # what was needed, for _widen to double
                 shorts += 1
-            elif still > 0:  # rounded down, however long the way so far; rows of X may be longer than 1 by 1e-6
-                slack = max(0.0, slack) * (1.0 - 3e-6)
-                far_slack = max(0.0, min(far_slack, -far_excess - tolerance)) * (1.0 - 3e-6)
-                certificates[q] = (distance + min(slack, far_slack * inverse) / still) * (1.0 - 1e-15)
+            elif still > 0:
+                slack = max(0.0, slack) * LESS
+                far_slack = max(0.0, min(far_slack, -far_excess - tolerance)) * LESS
+                certificates[q] = _certificate(distance, slack, far_slack, still, inverse)
                 row.limit, row.far_limit = _rounded_down(gone + slack), _rounded_down(gone_far + far_slack)
             else:
                 certificates[q] = np.inf
@@ -2592,14 +2633,14 @@ class _Lazy(_Search):
         sizes, self._used = np.concatenate(sizes), sum(map(len, points))
         self._drawn = copies * sizes.size  # of the live neurons; the others' vectors are at hand, one for each
         rows = np.zeros(self.n_live, LIVE_ROW).view(RECORDS)
-        rows["limit"], rows["far_limit"], rows["sign"] = -np.inf, -np.inf, self.signs
+        rows["sign"] = self.signs
         drawn = rows[: self._drawn].reshape(-1, copies)
         drawn["start"], drawn["count"] = (np.cumsum(sizes, dtype=np.int64) - sizes)[:, None], sizes[:, None]
         drawn["margin"], drawn["twin"] = np.concatenate(margins)[:, None], np.arange(copies)
         room = self._used + self._used // 2  # memory that is not written is not taken
         self._pairs = LivePairs(
             rows=rows,
-            certificates=np.full(self.n_live, -np.inf),
+            certificates=np.empty(self.n_live),
             points=np.empty(room, np.int32),
             products=np.empty(room),
             base=np.zeros(copies * room),
@@ -2615,11 +2656,17 @@ class _Lazy(_Search):
         # One for each thread, to be added up; more than one only if they take no more than 256 MB.
         self.counts = np.zeros((max(1, min(numba.get_num_threads(), (1 << 26) // n**2)), n, n), np.int32)
         # For the lists that a pass makes, so that steps take no new memory, whose first use costs 0.7 ns a byte.
-        self._near, self._bounds = np.full((2, self.n_live), 0, np.int32), np.full((2, self.n_live), 0.0)
-        self._due = np.empty(self.n_live, np.int32)  # written whole by the first pass
+        (*self._near, self._due), self._bounds = np.full((3, self.n_live), 0, np.int32), np.full((2, self.n_live), 0.0)
         self._scratch = [Scratch.of(n, d) for _ in self.counts]
-        self.outputs = np.zeros(n)
-        self._pass()  # every active pair is found to have woken
+        edges, outputs = _chunk_edges(self.n_live), np.zeros((CHUNKS, n))
+
+        def begin(thread, low, high):
+            return _begin(self._pairs, edges[low : high + 1], self._data, self.counts[thread], outputs[low:high])
+
+        self.changing = sum(_over_chunks(begin, 4 * self._used, len(self.counts)))
+        self.outputs = outputs.sum(axis=0)
+        self.looked_at += self.n_live
+        self.operations += copies * self._used
 
     @property
     def pairs(self):
@@ -2695,7 +2742,7 @@ class _Lazy(_Search):
         certificates; then the number of flips, and that of neurons whose margins are too small.
         """
         size, n = rung.neurons.size, len(self.X)
-        edges = size * np.arange(CHUNKS + 1) // CHUNKS
+        edges = _chunk_edges(size)
         outputs, tallies = np.zeros((CHUNKS, n)), np.zeros((CHUNKS, 5), np.int64)
         near, due = self._near[0], self._due
         room = 0 if self._journal is None else self._used  # a pair flips once at most; memory not written is not taken
@@ -2762,7 +2809,7 @@ class _Lazy(_Search):
             )
 
     def settle(self):
-        edges = self.n_live * np.arange(CHUNKS + 1) // CHUNKS
+        edges = _chunk_edges(self.n_live)
         outputs = np.zeros((CHUNKS, len(self.X)))
 
         def add(_, low, high):
