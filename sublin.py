@@ -1571,6 +1571,9 @@ MARGIN = 1.6
 # n = 1024, m = 2^18 with 1.0, and 88,000 with 1.03 to 1.3, of which 15,000 read as far.
 AHEAD = 1.05
 
+# To add two points' shared neurons in a word of 64 takes 0.12 ns, to count one neuron's shared by two points 3 ns.
+WORD = 0.12 / 3.0
+
 LESS = 1.0 - 3e-6  # of a slack is relied upon, as rows of X may be longer than 1 by 1e-6
 
 GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments for the average case of Shellsort", 2001
@@ -1802,6 +1805,12 @@ def _count_flips(counts, flips, stayed, note_ends, notes):
 
 
 @intrinsic
+def _population(typing_context, word):
+    """How many bits of a uint64 are set."""
+    return types.uint64(types.uint64), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
+
+
+@intrinsic
 def _prefetch(typing_context, array, index):
     """Asks for array[index] to be in cache soon."""
 
@@ -1817,6 +1826,9 @@ def _prefetch(typing_context, array, index):
 
 
 if numba.config.DISABLE_JIT:
+
+    def _population(word):
+        return int(word).bit_count()
 
     def _prefetch(array, index):
         """Nothing to ask for."""
@@ -1876,30 +1888,56 @@ def _certificate(distance, slack, far_slack, k, inverse):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _begin(pairs, edges, data, counts, outputs):
+def _begin(pairs, edges, data, outputs):
     """Finds the active pairs, limits and certificates of the neurons edges[chunk], ..., edges[chunk + 1] - 1, which have not
-    moved, their `counts` and outputs f. Returns how many are active on some point."""
+    moved, and their outputs f. Returns how many are active on some point, and the sum of |act(r)|^2."""
     rows, certificates, points, products, base, active, copies = pairs
-    woken = 0
+    woken = squares = 0
     for chunk in range(edges.size - 1):
         for q in range(edges[chunk], edges[chunk + 1]):
             row = rows[q]
             first, size, k = row.start, row.count, 0
             own = copies * first + row.twin * size
             while k < size and products[first + k] >= data.shift:
-                i = points[first + k]
-                outputs[chunk, i] += data.unit * row.sign * (products[first + k] - data.shift)
+                outputs[chunk, points[first + k]] += data.unit * row.sign * (products[first + k] - data.shift)
                 active[own + k], base[own + k] = True, 0.0
                 k += 1
-                for e in range(first, first + k):
-                    counts[i, points[e]] += 1
             row.reach = k
             woken += k > 0
+            squares += k * k
             slack = (products[first + k - 1] - data.shift) * LESS if k > 0 else np.inf
             far_slack = (data.shift - products[first + k] if k < size else row.margin) * LESS
             certificates[q] = _certificate(0.0, slack, far_slack, k, 1.0 / data.largest_cross)
             row.limit, row.far_limit = _rounded_down(slack), _rounded_down(far_slack)
-    return woken
+    return woken, squares
+
+
+@njit(cache=True, nogil=True)
+def _count_shared(pairs, low, high, squares, counts):
+    """Adds to the counts of |Q_i n Q_j| those of the neurons low, ..., high - 1; `squares` is what _begin gave for them.
+
+    Neuron by neuron, or in words of 64 neurons, a bit for each, if that is faster: on digits, where each is active on 290 of
+    1797 points, 0.05 instead of 2.1 s on one thread.
+    """
+    rows, points = pairs.rows, pairs.points
+    n, words = len(counts), (high - low + 63) // 64
+    if WORD * n * n * words > squares:  # each for half of them
+        for q in range(low, high):
+            first = rows[q].start
+            for e in range(first, first + rows[q].reach):
+                for f in range(first, e + 1):
+                    counts[points[e], points[f]] += 1
+        return
+    bits = np.zeros((n, words), np.uint64)
+    for q in range(low, high):
+        for e in range(rows[q].start, rows[q].start + rows[q].reach):
+            bits[points[e], (q - low) // 64] |= np.uint64(1) << np.uint64((q - low) % 64)
+    for i in range(n):
+        for j in range(i + 1):
+            shared = np.uint64(0)
+            for z in range(words):
+                shared += _population(bits[i, z] & bits[j, z])
+            counts[i, j] += np.int32(shared)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
@@ -2661,7 +2699,9 @@ class _Lazy(_Search):
         edges, outputs = _chunk_edges(self.n_live), np.zeros((CHUNKS, n))
 
         def begin(thread, low, high):
-            return _begin(self._pairs, edges[low : high + 1], self._data, self.counts[thread], outputs[low:high])
+            woken, squares = _begin(self._pairs, edges[low : high + 1], self._data, outputs[low:high])
+            _count_shared(self._pairs, edges[low], edges[high], squares, self.counts[thread])
+            return woken
 
         self.changing = sum(_over_chunks(begin, 4 * self._used, len(self.counts)))
         self.outputs = outputs.sum(axis=0)

@@ -898,6 +898,30 @@ def test_a_fit_in_the_background_goes_on_when_the_main_thread_has_ended():
     assert subprocess.run(run, cwd=HERE, check=True, timeout=120, capture_output=True, text=True).stdout == "3\n"
 
 
+@core
+@pytest.mark.parametrize("n, width, shift", [(1, 40, 0.5), (7, 130, 0.0), (40, 300, 1.0), (90, 64, -1.0)])
+def test_shared_neurons_are_counted_alike_one_by_one_and_in_words(n, width, shift):
+    X, y = problem(n, 4)
+    search = trainer(width, shift=shift, max_iter=0).fit(X, y)._search
+    sets = search.gathered()
+    active = np.zeros((n, search.n_live), int)
+    active[sets.points, np.repeat(sets.neurons, np.diff(sets.offsets))] = 1
+    for low, high in ((0, search.n_live), (3, search.n_live - 1), (5, 5)):
+        for squares in (0, 1 << 60):
+            counts = np.zeros((n, n), np.int32)
+            sublin._count_shared(search._pairs, low, high, squares, counts)
+            shared = active[:, low:high] @ active[:, low:high].T
+            np.testing.assert_array_equal(counts + counts.T - np.diag(np.diag(counts)), shared)
+
+
+@core
+def test_limits_are_rounded_down():
+    for x in (0.0, 1.0, *np.geomspace(1e-300, 1e300, 1201), np.inf):
+        below = sublin._rounded_down(x)
+        assert below <= x
+        assert below >= min(x, 3e38) * (1 - 2.0**-22) - 1e-44
+
+
 def spoil_first(name, value):
     """Overwrites an entry of the first row with an active pair, or of its first pair, the most active one."""
 
