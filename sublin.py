@@ -167,7 +167,7 @@ def _over_chunks(task, work, most=CHUNKS):
     """[task(thread, low, high), ...] for shares low, ..., high - 1 of the chunks, in their order: in `most` threads at most,
     numbered from 0, and in one if `work`, the numbers touched, is below 2^16.
 
-    For kernels that let go of the interpreter: with prange those of a fit take more than twice as long to compile. A thread
+    For kernels that let go of the interpreter: to compile those of a fit with prange takes more than twice as long. A thread
     takes the next share when it is done with one, since threads of a shared machine are not equally fast.
     """
     threads = min(most, numba.get_num_threads()) if work >= 1 << 16 else 1
@@ -177,7 +177,7 @@ def _over_chunks(task, work, most=CHUNKS):
     def serve(thread):
         if places:
             _stay_on(places[thread])
-        for share in left:  # of all threads
+        for share in left:  # one iterator for all threads
             done[share] = task(thread, CHUNKS * share // shares, CHUNKS * (share + 1) // shares)
 
     others = []
@@ -1022,7 +1022,7 @@ def _gram_times(X, XXt, active, v):
 
 @njit(parallel=True, cache=True)
 def _coactivity(active, n, bands):
-    """C[i, j] = |Q_i n Q_j| for j <= i. O(n^2 + bands nnz + sum over r of |act(r)|^2).
+    """C[i, j] = |Q_i & Q_j| for j <= i. O(n^2 + bands nnz + sum over r of |act(r)|^2).
 
     Each of the bands of rows is counted by one thread, which passes over all neurons for it, so no count is shared.
     """
@@ -1118,7 +1118,7 @@ class SparseJacobian(LinearOperator):
         return sums.sum(axis=0) / self.width
 
     def gram(self):
-        """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i n Q_j|: O(n^2 + sum over r of |act(r)|^2).
+        """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i & Q_j|: O(n^2 + sum over r of |act(r)|^2).
 
         Beyond n = 1000 the counts are made in n^2 / 2^19 bands, and every band passes over the active sets once more.
         """
@@ -1545,33 +1545,37 @@ def _regression_tolerance(X, shift):
 # ======================================================================================================================
 #
 # A neuron that is active on no training point has no gradient, so it never moves and never wakes. Kept are the *live* ones,
-# active on some point at the start: their starting weights, and of their starting products those *tracked*, >= b - margin,
-# in descending order. Products and weights now follow from these and from the pairs that have ever been active,
+# active on some point at the start (after a warm start all that have ever been): their starting weights, and of their
+# starting products those *tracked*, >= b - margin, in descending order. Weights and products at any time follow from these
+# and from the pairs that have ever been active, which are among the first `reach` of a row,
 #
 #     w_r = w_r(0) + dw_r,    dw_r = -m^(-1/2) a_r sum_i gamma[r, i] x_i,    <w_r, x_j> = <w_r(0), x_j> + <dw_r, x_j>.
 #
-# A look at a neuron need not go further down its row than to b - |dw_r|, for no product has moved by more. The two neurons
-# of an antisymmetric pair, *twins*, have one row of starting products; until one of them flips they move by opposites.
+# No product has moved by more than |dw_r|, so a look at a neuron need not go further down its row than that below b. The two
+# neurons of an antisymmetric pair, *twins*, share a row of starting products, and move by opposites until one of them flips.
 #
 # Nor need a neuron be looked at in every step. Let A_i be the sum of |g_i| / sqrt(m) over the steps, the *path* of point i,
 # D that of |g|_inf / sqrt(m), the *distance* of all, and cross_i the largest |<x_i, x_j>| over j != i. From one look to the
 # next act(r) is the same, so active products move by no more than the sum of A_i over act(r) grows, and the others by no
-# more than that of A_i cross_i grows. Each of the two sums has a *limit*, up to which no pair can have flipped: from it the
-# first one's distance is the least excess of an active product over b, the second one's the least shortfall of another.
-# Since D grows by at least 1 / |act(r)| of what the first sum does, the neuron need not even be thought of before D reaches
-# a certain value, its *certificate*. A step *checks* the neurons whose certificates ran out, and *looks at* those that have
-# reached a limit, reading their rows: only as far as pairs have ever been active, if it is the first.
+# more than that of A_i cross_i grows. Each of these sums has a *limit*, and while both are below it no pair has flipped. A
+# look puts the first one's limit ahead by the least excess of an active product over b, or by what inactive ones within
+# `reach` allow, if that is less; and the second one's by the least shortfall of a product beyond. If only the first has
+# reached its limit, the next look need not read beyond `reach`.
+#
+# Since the sums grow by at most |act(r)| times what D does, a neuron need not even be thought of before D reaches a certain
+# value, its *certificate*. A step *checks* the neurons whose certificates ran out, and *looks at* those of them where a sum
+# has reached its limit.
 
 # Margins are MARGIN times the movement expected of products by the end of training. Means over the steps of a run with 1.2,
 # 1.4, 1.6: 5.9, 3.9, 3.7 ms at n = 64, m = 2^20; with 1.35, 1.45, 1.6: 176, 138, 130 ms at n = 1024, m = 2^18, where
 # initialisation takes 0.9, 1.0, 1.1 s. Below 1.4 rows are made anew by the thousand.
 MARGIN = 1.6
 
-# A look reads on to AHEAD |dw_r| below b, so that the next few need not read as far: 126,000 looks in the third step at
-# n = 1024, m = 2^18 with 1.0, and 88,000 with 1.03 to 1.3, of which 15,000 read as far.
+# A look reads on to AHEAD |dw_r| below b, so that the next few need not read beyond `reach`. Looks in the third step at
+# n = 1024, m = 2^18, and those of them that read on: with 1.0, 126,000 and 98,000; with 1.03 to 1.3, 88,000 and 15,000.
 AHEAD = 1.05
 
-# To add two points' shared neurons in a word of 64 takes 0.12 ns, to count one neuron's shared by two points 3 ns.
+# For two points, a word of 64 neurons takes 0.12 ns; one shared neuron, counted by itself, 3 ns.
 WORD = 0.12 / 3.0
 
 LESS = 1.0 - 3e-6  # of a slack is relied upon, as rows of X may be longer than 1 by 1e-6
@@ -1583,13 +1587,13 @@ GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments 
 RECORDS = np.recarray if numba.config.DISABLE_JIT else np.ndarray
 
 
-# A live neuron. Its pairs are start, ..., start + count - 1, which it shares with its twin. A record of 32 bytes is half a
-# cache line.
+# A live neuron. Its pairs are start, ..., start + count - 1, which it shares with its twin until one of them is widened. A
+# record of 32 bytes is half a cache line.
 LIVE_ROW = np.dtype(
     [
         ("start", np.int64),
-        ("limit", np.float32),  # of the sum of A_i over act(r): up to here no pair within `reach` can have flipped
-        ("far_limit", np.float32),  # of that of A_i cross_i: up to here no other pair can have
+        ("limit", np.float32),  # of the sum of A_i over act(r)
+        ("far_limit", np.float32),  # of that of A_i cross_i
         ("margin", np.float32),  # starting products that are not tracked are further below b than this
         ("count", np.int32),
         ("reach", np.int32),  # pairs that have ever been active are among so many first ones
@@ -1602,9 +1606,9 @@ LIVE_ROW = np.dtype(
 class LivePairs(NamedTuple):
     """Tracked pairs by live neuron, starting products descending.
 
-    gamma is not kept, as it grows in every step; `base` is, which changes where a pair flips: gamma = base + (the sum of g_i
-    over all steps if the pair is active, else 0). This and whether a pair is active are each twin's own: of the pairs of a
-    row, they are in base and active from copies * start + twin * count on.
+    gamma is not kept, as it grows in every step; `base` is, which changes only when a pair flips: gamma = base + (the sum of
+    g_i over all steps if the pair is active, else 0). This and whether a pair is active are each twin's own: those of a
+    row's pairs begin in base and active at copies * start + twin * count, its `own` place.
     """
 
     rows: np.ndarray  # (n_live,) LIVE_ROW
@@ -1634,7 +1638,7 @@ class Rung(NamedTuple):
 
     horizon: float
     neurons: np.ndarray  # (k,) int32
-    bounds: np.ndarray  # (k,) bounds below their certificates, from when the list was made: in one stretch of memory
+    bounds: np.ndarray  # (k,) lower bounds of their certificates, in one stretch of memory
 
 
 # What the looks add up, chunk by chunk: neurons looked at, flips, neurons that came to be active on some point less those
@@ -1644,8 +1648,9 @@ LOOKED_AT, FLIPS, WOKEN, SHORT, OPERATIONS = range(5)
 # A pair that a step flipped, with its `base` before.
 FLIP = np.dtype([("earlier", np.float64), ("neuron", np.int32), ("point", np.int32)])
 
-# Flips, and points beside them, in multiples of n, that are gathered before they are counted together: a look with 3 flips
-# at n = 1024 takes 2.4 us with 7 n flips and 2.0 us with 64 n.
+# A *note* holds what a step does to one neuron: its flips, and the points on which it stays active. Notes are counted
+# together when they hold so many times n of the one or the other: a look with 3 flips at n = 1024 takes 2.4 us with 7 n
+# flips and 2.0 us with 64 n; points that stay are four times as many there.
 NOTED, STAYED = 64, 256
 
 
@@ -1655,13 +1660,13 @@ class Scratch(NamedTuple):
     moved_by: np.ndarray  # (n + 1,) int32, points with a gamma that is not zero
     factors: np.ndarray  # (n + 1,) by which they have moved the weights
     w: np.ndarray  # (d,) dw_r
-    w32: np.ndarray  # (d,) float32
+    direction: np.ndarray  # (d,) float32, dw_r / |dw_r|
     moves: np.ndarray  # (n,) of products
     excess: np.ndarray  # (n,) of products over b
     candidates: np.ndarray  # (n + 1,) int32, pairs that may have flipped, by where they stand in the row
-    noted: np.ndarray  # ((NOTED + 1) n, 3) int32, flips that are not counted yet: point, +1 or -1, note
-    stayed: np.ndarray  # ((STAYED + 1) n,) int32, points on which their neurons are active as before
-    note_ends: np.ndarray  # (2, (NOTED + 1) n + 1) int32, where each note, of one neuron, ends in those two, after 0
+    noted: np.ndarray  # ((NOTED + 1) n, 3) int32, flips that are not counted yet: point, +1 or -1, number of the note
+    stayed: np.ndarray  # ((STAYED + 1) n,) int32, points on which their neurons stay active
+    note_ends: np.ndarray  # (2, (NOTED + 1) n + 1) int32, where each note ends in those two, after 0
 
     @classmethod
     def of(cls, n, d):
@@ -1669,7 +1674,7 @@ class Scratch(NamedTuple):
             moved_by=np.empty(n + 1, np.int32),
             factors=np.empty(n + 1),
             w=np.empty(d),
-            w32=np.empty(d, np.float32),
+            direction=np.empty(d, np.float32),
             moves=np.empty(n),
             excess=np.empty(n),
             candidates=np.empty(n + 1, np.int32),
@@ -1749,37 +1754,37 @@ def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
 
 
 @njit(cache=True, nogil=True)
-def _run_out(certificates, rung, edges, distance, horizon, near, due, due_ends):
-    """Of the neurons edges[0], ..., edges[-1] - 1 of a rung, into `near` go those whose bounds are at most `horizon`, packed
+def _run_out(certificates, rung, edges, distance, horizon, soon, due, due_ends):
+    """Of the neurons edges[0], ..., edges[-1] - 1 of a rung, into `soon` go those whose bounds are at most `horizon`, packed
     from edges[0] on; returns their end. Into `due` go, chunk by chunk up to due_ends, those whose certificates ran out.
     """
     found = edges[0]
     for chunk in range(edges.size - 1):
         first, last = found, edges[chunk]
         for z in range(edges[chunk], edges[chunk + 1]):  # always written, kept if it counts: no branch to mispredict
-            near[found] = rung.neurons[z]
+            soon[found] = rung.neurons[z]
             found += rung.bounds[z] <= horizon
         for z in range(first, found):
-            due[last] = near[z]
-            last += certificates[near[z]] <= distance
+            due[last] = soon[z]
+            last += certificates[soon[z]] <= distance
         due_ends[chunk] = last
     return found
 
 
 @njit(cache=True, nogil=True)
-def _still_near(certificates, neurons, horizon, near, bounds):
-    """Writes those of the neurons whose certificates are at most `horizon`, and these certificates; returns both. `near` may
+def _still_soon(certificates, neurons, horizon, soon, bounds):
+    """Writes those of the neurons whose certificates are at most `horizon`, and these certificates; returns both. `soon` may
     be `neurons`."""
     found = 0
     for q in neurons:
-        near[found], bounds[found] = q, certificates[q]
+        soon[found], bounds[found] = q, certificates[q]
         found += bounds[found] <= horizon
-    return near[:found], bounds[:found]
+    return soon[:found], bounds[:found]
 
 
 @njit(cache=True, nogil=True)
 def _count_flips(counts, flips, stayed, note_ends, notes):
-    """Updates the numbers |Q_i n Q_j| of neurons that two points share by a batch of flips.
+    """Updates the numbers |Q_i & Q_j| of neurons that two points share by a batch of flips.
 
     Note z is of one neuron: flips note_ends[0, z], ..., note_ends[0, z + 1] - 1 and, of stayed, what is between those of
     note_ends[1], the points on which it was active and still is. flips are rows (point, +1 or -1, note). A change is counted
@@ -1855,8 +1860,8 @@ def _combine(factors, rows, count, X, w):
 
 
 @njit(cache=True, fastmath=FAST)
-def _products(X, w, points, first, count, out):
-    """out[e] = <X[points[first + e]], w> for e < count."""
+def _products(X, w, points, first, count, factor, out):
+    """out[e] = factor <X[points[first + e]], w> for e < count."""
     d = X.shape[1]
     for e in range(0, count - 3, 4):  # four sums that do not wait for each other: 360 instead of 640 ns for 46 rows, d = 64
         i0, i1, i2, i3 = points[first + e], points[first + e + 1], points[first + e + 2], points[first + e + 3]
@@ -1866,12 +1871,12 @@ def _products(X, w, points, first, count, out):
             p1 += w[z] * X[i1, z]
             p2 += w[z] * X[i2, z]
             p3 += w[z] * X[i3, z]
-        out[e], out[e + 1], out[e + 2], out[e + 3] = p0, p1, p2, p3
+        out[e], out[e + 1], out[e + 2], out[e + 3] = factor * p0, factor * p1, factor * p2, factor * p3
     for e in range(count - count % 4, count):
         product, i = w.dtype.type(0), points[first + e]
         for z in range(d):
             product += w[z] * X[i, z]
-        out[e] = product
+        out[e] = factor * product
 
 
 @njit(cache=True)
@@ -1900,21 +1905,21 @@ def _begin(pairs, edges, data, outputs):
             own = copies * first + row.twin * size
             while k < size and products[first + k] >= data.shift:
                 outputs[chunk, points[first + k]] += data.unit * row.sign * (products[first + k] - data.shift)
-                active[own + k], base[own + k] = True, 0.0
+                active[own + k], base[own + k] = True, 0.0  # zero already, but not yet in memory that is taken
                 k += 1
             row.reach = k
             woken += k > 0
             squares += k * k
             slack = (products[first + k - 1] - data.shift) * LESS if k > 0 else np.inf
             far_slack = (data.shift - products[first + k] if k < size else row.margin) * LESS
-            certificates[q] = _certificate(0.0, slack, far_slack, k, 1.0 / data.largest_cross)
+            certificates[q] = _certificate(0.0, slack, far_slack, k, 1.0 / data.largest_cross) if k > 0 else np.inf
             row.limit, row.far_limit = _rounded_down(slack), _rounded_down(far_slack)
     return woken, squares
 
 
 @njit(cache=True, nogil=True)
 def _count_shared(pairs, low, high, squares, counts):
-    """Adds to the counts of |Q_i n Q_j| those of the neurons low, ..., high - 1; `squares` is what _begin gave for them.
+    """Adds to the counts of |Q_i & Q_j| those of the neurons low, ..., high - 1; `squares` is what _begin gave for them.
 
     Neuron by neuron, or in words of 64 neurons, a bit for each, if that is faster: on digits, where each is active on 290 of
     1797 points, 0.05 instead of 2.1 s on one thread.
@@ -1943,21 +1948,21 @@ def _count_shared(pairs, low, high, squares, counts):
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outputs, tally, scratch, journal):
     """Checks the neurons due[edges[chunk]:due_ends[chunk]] of every chunk and, where a limit is reached, reads their rows:
-    finds the flips, adds what they change to the `counts` of |Q_i n Q_j| and to the outputs f of the chunk. Makes out new
-    limits and certificates.
+    finds the flips, adds what they change to the `counts` of |Q_i & Q_j| and to the outputs f of the chunk. Sets new limits
+    and certificates.
 
-    Flips are written to the journal, if it has room; returns how many.
+    Flips are written to the journal, unless it is empty; returns how many.
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
     # operations (145 instead of 43 ns a row, when threads waited for each other's).
     rows, certificates, points, products, base, active, copies = pairs
     X, X32, XXt, cross, largest_cross, shift, unit, gather = data
     n, d = X.shape
-    moved_by, factors, w, w32, moves, excess, candidates, noted, stayed, note_ends = scratch
+    moved_by, factors, w, direction, moves, excess, candidates, noted, stayed, note_ends = scratch
     inverse = 1.0 / largest_cross
     notes = entries = 0
     for chunk in range(edges.size - 1):
-        looked_at = flips = woken = shorts = operations = c = end = stop = 0
+        looked_at = flips = woken = shorts = operations = c = end = stop = last_reach = 0
         through_X, length, looked_into = False, np.inf, -1
         for place in range(edges[chunk], due_ends[chunk]):
             q = due[place]
@@ -1972,7 +1977,8 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
             row = rows[q]
             first, size, reach, scale = row.start, row.count, row.reach, -unit * row.sign
             own = copies * first + row.twin * size
-            mirrored, last_c, last_end = first == looked_into, c, end  # whether all factors are those of its twin, negated
+            # Whether its twin has just been looked at, and has moved by the opposite.
+            mirrored, last_c, last_end = first == looked_into and reach == last_reach, c, end
             k, c, bound, gone, gone_far = 0, 0, 0.0, 0.0, 0.0
             for e in range(reach):  # always written, kept if it counts: no branch to mispredict
                 j = points[first + e]
@@ -2003,7 +2009,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                 if through_X:
                     length = (1.0 + 2e-6) * _combine(factors, moved_by, c, X, w)
                     for z in range(d):
-                        w32[z] = w[z]
+                        direction[z] = w[z] / max(length, 1e-300)
                 bound, stop, high = min(bound, length), reach, end
                 while stop < high:  # bisection
                     middle = (stop + high) // 2
@@ -2012,7 +2018,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                     else:
                         high = middle
                 if through_X:
-                    _products(X32, w32, points, first, stop, moves)
+                    _products(X32, direction, points, first, stop, length, moves)
                     operations += (c + stop) * d
                 else:
                     for e in range(stop):
@@ -2021,7 +2027,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                             move += factors[a] * XXt[j, moved_by[a]]
                         moves[e] = move
                     operations += c * stop
-            looked_into = first
+            looked_into, last_reach = first, reach
             operations += stop
             tolerance = (d + 4) * 2.0**-24 * length if through_X else 0.0
             for e in range(stop):
@@ -2042,10 +2048,10 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                     candidates[e] = e
                 far_excess = -np.inf
                 for e in range(reach, stop):
-                    far = excess[e] < -tolerance
-                    far_excess = max(far_excess, excess[e] if far else -np.inf)
+                    clear = excess[e] < -tolerance
+                    far_excess = max(far_excess, excess[e] if clear else -np.inf)
                     candidates[found] = e
-                    found += not far
+                    found += not clear
                 slack, gone, gone_far, still = np.inf, 0.0, 0.0, 0
                 for s in range(found):
                     e = candidates[s]
@@ -2055,7 +2061,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                         for z in range(d):
                             above += w[z] * X[j, z]
                     is_active = above >= 0.0
-                    if is_active != was_active:  # f - G g is f as if it had not flipped
+                    if is_active != was_active:  # the outputs are f - G g, as if the pair had not flipped
                         outputs[chunk, j] -= scale * abs(above)
                         if journal.size:
                             flip = journal[entries]
@@ -2151,8 +2157,10 @@ def _widen_rows(pairs, short, tracked, weights, X, margins, starts, low, high):
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def _add_outputs(pairs, edges, data, outputs):
-    """Adds f of the neurons edges[chunk], ..., edges[chunk + 1] - 1 to outputs[chunk], from their pairs; without what the
-    `sums` in gamma move, which is -G sums."""
+    """Adds to outputs[chunk] what the neurons edges[chunk], ..., edges[chunk + 1] - 1 add to f, with `base` for gamma.
+
+    The rest of gamma, the sum of g over all steps where a pair is active, adds -G sum.
+    """
     rows, _, points, products, base, active, copies = pairs
     X, _, XXt, _, _, shift, unit, gather = data
     n, d = X.shape
@@ -2170,7 +2178,7 @@ def _add_outputs(pairs, edges, data, outputs):
                 k += active[own + e]
             if gather * c * k > (c + k) * d:
                 _combine(factors, moved_by, c, X, w)
-                _products(X, w, firing, 0, k, moves)
+                _products(X, w, firing, 0, k, 1.0, moves)
                 for h in range(k):
                     excess[h] += moves[h]
             else:
@@ -2362,7 +2370,7 @@ class _Network:
 class _Search(_Network):
     """What the searches share: the network at the training points, and one step of it.
 
-    Attributes: outputs f (n,); pairs, the number of active pairs; changing, the number |K| of neurons that the next step
+    Attributes: outputs f (n,); nnz, the number of active pairs; changing, the number |K| of neurons that the next step
     moves. `operations` counts multiply-adds, comparisons and moves of products, `looked_at` the neurons whose products the
     last step read.
 
@@ -2401,7 +2409,7 @@ class _Search(_Network):
 
     def _adopt(self, active):
         self.active = active
-        self.pairs, self.changing = active.points.size, active.neurons.size
+        self.nnz, self.changing = active.points.size, active.neurons.size
         self._active_signs = self.signs[active.neurons]
 
     def jacobian(self):
@@ -2615,7 +2623,7 @@ class _Lazy(_Search):
         n = len(self.X)
         expected = n * self.width * scipy.special.ndtr(-self.shift)  # active pairs at the start; more are tracked
         shared = 6 if self.init == "antisymmetric" else 12  # bytes of a pair
-        needed = (shared + 9) * expected + 68 * min(self.width, expected)  # for pairs and for neurons
+        needed = (shared + 9) * expected + 88 * min(self.width, expected)  # for pairs, and for neurons beside their weights
         _check_memory(f"live pairs of {n} points and {self.width} neurons", needed)
         cross = np.maximum(np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1), 1e-12)
         self._data = PointData(
@@ -2688,13 +2696,15 @@ class _Lazy(_Search):
         np.concatenate(points, out=self._pairs.points[: self._used])
         np.concatenate(products, out=self._pairs.products[: self._used])
         if moved.size:
-            rows["margin"][self._drawn :] = np.sqrt(np.mean(pull**2)) / 2  # half a typical one, which _widen doubles
+            # Half a typical margin, which _widen doubles.
+            rows["margin"][self._drawn :] = np.sqrt(np.mean(pull.astype(float) ** 2)) / 2
         self._widen(np.arange(self._drawn, self.n_live, dtype=np.int32))
         self._ladder = [Rung(np.inf, np.arange(self.n_live, dtype=np.int32), self._pairs.certificates)]
         # One for each thread, to be added up; more than one only if they take no more than 256 MB.
         self.counts = np.zeros((max(1, min(numba.get_num_threads(), (1 << 26) // n**2)), n, n), np.int32)
-        # For the lists that a pass makes, so that steps take no new memory, whose first use costs 0.7 ns a byte.
-        (*self._near, self._due), self._bounds = np.full((3, self.n_live), 0, np.int32), np.full((2, self.n_live), 0.0)
+        # For the lists that a pass makes; written here, as the first use of new memory costs 0.7 ns a byte.
+        self._soon, self._bounds = np.full((2, self.n_live), 0, np.int32), np.full((2, self.n_live), 0.0)
+        self._due = np.full(self.n_live, 0, np.int32)
         self._scratch = [Scratch.of(n, d) for _ in self.counts]
         edges, outputs = _chunk_edges(self.n_live), np.zeros((CHUNKS, n))
 
@@ -2709,7 +2719,7 @@ class _Lazy(_Search):
         self.operations += copies * self._used
 
     @property
-    def pairs(self):
+    def nnz(self):
         return int(np.einsum("tii->", self.counts, dtype=np.int64))
 
     @cached_property
@@ -2748,14 +2758,13 @@ class _Lazy(_Search):
 
     def undo(self):
         # The way back is a path like any other: the certificates of neurons with no flip hold.
-        outputs, gram, sums, counts, changing = self._before
-        self._travel(self._sum - sums)
+        self._travel(self._sum - self._before[2])
         for piece in reversed(self._taken):
             _take_back(self._pairs, piece)
         del self._ladder[1:]  # whose lists lack those that have lost their certificates
-        self._sum = sums
-        self._pass()
-        self.outputs, self.gram, self.counts, self.changing = outputs, gram, counts, changing
+        self.outputs, self.gram, self._sum, self.counts, self.changing = self._before
+        if self._pass():  # whose flips, of pairs within rounding of b, count as any
+            del self.gram
 
     def _pass(self):
         """Checks the neurons whose certificates ran out, and looks at those whose slack is used up; returns the number of
@@ -2784,19 +2793,20 @@ class _Lazy(_Search):
         size, n = rung.neurons.size, len(self.X)
         edges = _chunk_edges(size)
         outputs, tallies = np.zeros((CHUNKS, n)), np.zeros((CHUNKS, 5), np.int64)
-        near, due = self._near[0], self._due
-        room = 0 if self._journal is None else self._used  # a pair flips once at most; memory not written is not taken
+        soon, due = self._soon[0], self._due
+        # A pair flips once at most; memory that is not written is not taken.
+        room = 0 if self._journal is None else self._pairs.copies * self._used
 
         def walk(thread, low, high):
             mine, ends = edges[low : high + 1], np.empty(high - low, np.int64)
-            end = _run_out(self._pairs.certificates, rung, mine, self._distance, horizons[0], near, due, ends)
+            end = _run_out(self._pairs.certificates, rung, mine, self._distance, horizons[0], soon, due, ends)
             journal = np.empty(room, FLIP).view(RECORDS)
             state = self._distance, self._sum, self._path, self._data, self.counts[thread], outputs[low:high]
             entries = _look(self._pairs, due, mine, ends, *state, tallies[low:high], self._scratch[thread], journal)
             lists, part = [], slice(mine[0], end)
-            neurons = near[part]
-            for horizon, places, bounds in zip(horizons, self._near, self._bounds, strict=False):
-                lists.append(_still_near(self._pairs.certificates, neurons, horizon, places[part], bounds[part]))
+            neurons = soon[part]
+            for horizon, places, bounds in zip(horizons, self._soon, self._bounds, strict=False):
+                lists.append(_still_soon(self._pairs.certificates, neurons, horizon, places[part], bounds[part]))
                 neurons, _ = lists[-1]
             return lists, journal[:entries].copy()
 
@@ -2826,10 +2836,9 @@ class _Lazy(_Search):
             starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
             self._reserve(self._used)
 
-            def widen(_, low, high, some=some, made=(tracked, weights, self.X, margins, starts)):
-                _widen_rows(self._pairs, some, *made, some.size * low // CHUNKS, some.size * high // CHUNKS)
-
-            _over_chunks(widen, tracked.size)
+            widen = partial(_widen_rows, self._pairs, some, tracked, weights, self.X, margins, starts)
+            edges = _chunk_edges(some.size)
+            _over_chunks(lambda _, first, last, widen=widen, edges=edges: widen(edges[first], edges[last]), tracked.size)
             self.operations += tracked.size * self.X.shape[1]
 
     def _reserve(self, room):
@@ -2856,7 +2865,8 @@ class _Lazy(_Search):
             _add_outputs(self._pairs, edges[low : high + 1], self._data, outputs[low:high])
 
         _over_chunks(add, 4 * self._used)
-        self.outputs = outputs.sum(axis=0) - self.gram @ self._sum
+        with _serial_blas():
+            self.outputs = outputs.sum(axis=0) - self.gram @ self._sum
 
     def gathered(self, order=None):
         """The active sets, neurons by row or by where their rows stand in `order`."""
@@ -3246,7 +3256,7 @@ class SublinearTrainer:
     residual_ (float), n_iter_ (int), converged_ (bool), shift_ (float), n_live_ (int, neurons active on some point at the
         start), init_seconds_ (float), signs_ (m,).
 
-    Memory: "lazy" holds the starting weights of live neurons, 68 bytes more for each, and 21 for each pair near the
+    Memory: "lazy" holds the starting weights of live neurons, 88 bytes more for each, and 15 for each pair near the
     threshold, a few times sum |Q_i|; nothing of size m. "scan" and "tree" hold (1 + 1/15) n m products and the starting
     weights of live neurons, "dense" m d weights.
     Costs: fit takes O(n m d) once, then for each step the search as above and the solver, O(n^3) for "cholesky". It raises
@@ -3430,7 +3440,7 @@ class SublinearTrainer:
         # What no step can reduce is left out of g, which it would blow up as mu falls, without moving any weight.
         residual = search.outputs - (self._y - self._unreachable)
         for rejected in range(TRIALS):
-            mu = damping.value(search.pairs / (n * search.width), before)
+            mu = damping.value(search.nnz / (n * search.width), before)
             try:
                 with _serial_blas() if n <= 1024 else nullcontext():
                     step, inner_iterations = self._solve(J, residual, mu, stopwatch.lap)
@@ -3608,7 +3618,7 @@ class SublinearTrainer:
 
     def _solve(self, J, residual, damping, lap):
         if self.solver == "cholesky":
-            near = len(residual) >= REUSE and STALE * self._flips_since_factor <= self._search.pairs
+            near = len(residual) >= REUSE and STALE * self._flips_since_factor <= self._search.nnz
             *solved, factor = _solve_cholesky(J, residual, damping, lap, self._factor if near else None)
             if factor is not self._factor:
                 self._factor, self._flips_since_factor = factor if len(residual) >= REUSE else None, 0
@@ -3635,7 +3645,7 @@ class SublinearTrainer:
                 "iteration": self.n_iter_,
                 "residual": self.residual_,
                 "loss": loss,
-                "active": self._search.pairs / len(self._X),
+                "active": self._search.nnz / len(self._X),
                 "changed": changed,
                 "looked_at": looked_at,
                 "flips": flips,

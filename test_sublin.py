@@ -2237,6 +2237,52 @@ def test_rows_are_widened_by_what_is_counted_for_them():
 
 
 @core
+def test_the_journal_has_room_for_a_flip_of_every_pair():
+    fitted = trainer(2000, shift=0.0, damping="auto", max_iter=3, warm_start=True).fit([[1.0], [-1.0]], [1e3, -1e3])
+    fitted.set_params(max_iter=1).fit([[1.0], [-1.0]], [-1e6, 1e6])
+    assert fitted.history_[-1]["flips"] > fitted._search._used
+    fitted.check()
+
+
+@core
+@pytest.mark.parametrize("n, d, width, shift", [(2, 2, 2000, 0.5), (4, 4, 4000, 1.0), (30, 3, 400, 0.5)])
+def test_undo_restores_the_active_sets_after_long_steps(n, d, width, shift):
+    for seed in range(90, 100):
+        X, _ = problem(n, d, seed=seed)
+        fitted = trainer(width, shift=shift, random_state=seed, max_iter=0).fit(X, np.full(n, 100.0))
+        search, rng = fitted._search, np.random.default_rng(seed)
+        search.advance(0.1 * rng.standard_normal(n), lambda phase: None)
+        outputs, sets = search.outputs, search.active_sets()
+        for _ in range(2):
+            search.remember()
+            search.advance(30 * rng.standard_normal(n), lambda phase: None)
+            search.undo()
+            for now, before in zip(search.active_sets(), sets, strict=True):
+                np.testing.assert_array_equal(now, before)
+            np.testing.assert_array_equal(search.outputs, outputs)
+            fitted.residual_ = fitted._relative_residual()
+            fitted.check()
+
+
+def test_moves_beyond_float32_leave_lazy_steps_dense_steps():
+    X, y = problem(12, 5)
+    options = {"shift": 0.5, "damping": 0.05, "max_iter": 3}
+    for scale in (1e-9, 1e40, 1e100):
+        lazy, dense = (trainer(600, search=search, **options).fit(X, scale * y) for search in ("lazy", "dense"))
+        residuals = [[step["residual"] for step in fitted.history_] for fitted in (lazy, dense)]
+        np.testing.assert_allclose(*residuals, rtol=1e-6)
+
+
+@core
+def test_warm_starts_from_targets_of_zero_at_other_points():
+    X, y = problem(12, 3)
+    fitted = trainer(600, shift=0.8, damping="auto", warm_start=True).fit(X, y)
+    Z, _ = problem(9, 3, seed=5)
+    for scale in (0.0, 1e-30, 1e3):
+        fitted.fit(Z, scale * np.ones(9)).fit(X, y).check()
+
+
+@core
 def test_flips_are_written_down_only_while_a_step_may_be_taken_back():
     X, y = problem(30, 5)
     fitted = trainer(400, shift=0.5, damping="auto", max_iter=2, warm_start=True, tol=0.0).fit(X, y)
