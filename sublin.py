@@ -1608,7 +1608,7 @@ class LivePairs(NamedTuple):
 
     gamma is not kept, as it grows in every step; `base` is, which changes only when a pair flips: gamma = base + (the sum of
     g_i over all steps if the pair is active, else 0). This and whether a pair is active are each twin's own: those of a
-    row's pairs begin in base and active at copies * start + twin * count, its `own` place.
+    row's pairs begin in base and active at copies * start + twin * count, the neuron's `own` place.
     """
 
     rows: np.ndarray  # (n_live,) LIVE_ROW
@@ -1684,6 +1684,12 @@ class Scratch(NamedTuple):
         )
 
 
+@njit(cache=True)
+def _rounded_down(x):
+    """A float32 number that is not above x >= 0, and not infinite."""
+    return np.float32(min(x, 3e38) * (1.0 - 2.0**-23) - 2.0**-148)
+
+
 @njit(cache=True, nogil=True, fastmath=FAST)
 def _thresholds(products, least_active, pull, cross, lowered_shift):
     """For each row: how many products reach least_active; if any, the least product to track, lowered_shift - margin; and
@@ -1747,8 +1753,8 @@ def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
         _sort_descending(exact, points, free, end)
         if exact[free] >= shift:
             live[found], sizes[found] = r, end - free
-            margin = shift - rounding - np.float64(thresholds[r])
-            margins[found] = np.inf if end - free == n else (1.0 - 1e-6) * margin  # rounded down
+            margin = max(0.0, shift - rounding - np.float64(thresholds[r]))
+            margins[found] = np.inf if end - free == n else _rounded_down(margin)
             found, free = found + 1, end
     return live[:found], sizes[:found], margins[:found], points[:free], exact[:free]
 
@@ -1879,12 +1885,6 @@ def _products(X, w, points, first, count, factor, out):
         out[e] = factor * product
 
 
-@njit(cache=True)
-def _rounded_down(x):
-    """A float32 number that is not above x >= 0."""
-    return np.float32(min(x, 3e38) * (1.0 - 2.0**-23) - 2.0**-148)
-
-
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def _certificate(distance, slack, far_slack, k, inverse):
     """Up to which distance neither slack can be used up, with k active pairs and `inverse` 1 / the largest cross_i; rounded
@@ -1966,7 +1966,9 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
         through_X, length, looked_into = False, np.inf, -1
         for place in range(edges[chunk], due_ends[chunk]):
             q = due[place]
-            if place + 8 < due_ends[chunk]:  # a step like the second, at m = 2^22, takes 6.3 ms with this and 8.1 without
+            # Rows are asked for early enough to name, four places on, what else to ask for: a step like the second, at
+            # m = 2^22, takes 6.3 ms with this and 8.1 without, and as long with 16 and 8 places.
+            if place + 8 < due_ends[chunk]:
                 _prefetch(rows, due[place + 8])
                 soon = rows[due[place + 4]]
                 own = copies * soon.start + soon.twin * soon.count
@@ -2136,7 +2138,7 @@ def _widen_rows(pairs, short, tracked, weights, X, margins, starts, low, high):
         for e in range(row.reach):
             j = points[row.start + e]
             old_base[j], old_active[j] = base[own + e], active[own + e]
-        row.start, row.margin = starts[z], margins[z]
+        row.start, row.margin, row.reach = starts[z], margins[z], 0
         end = row.start
         for j in range(n):
             if tracked[z, j]:
@@ -2622,8 +2624,9 @@ class _Lazy(_Search):
     def _allocate(self):
         n = len(self.X)
         expected = n * self.width * scipy.special.ndtr(-self.shift)  # active pairs at the start; more are tracked
-        shared = 6 if self.init == "antisymmetric" else 12  # bytes of a pair
-        needed = (shared + 9) * expected + 88 * min(self.width, expected)  # for pairs, and for neurons beside their weights
+        self._copies = 2 if self.init == "antisymmetric" else 1
+        # For pairs, and for neurons beside their weights.
+        needed = (12 / self._copies + 9) * expected + 88 * min(self.width, expected)
         _check_memory(f"live pairs of {n} points and {self.width} neurons", needed)
         cross = np.maximum(np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(axis=1), 1e-12)
         self._data = PointData(
@@ -2643,7 +2646,37 @@ class _Lazy(_Search):
 
     def _start(self, y, draw, moved, weights, moved_signs):
         n, d = self.X.shape
-        copies = 2 if self.init == "antisymmetric" else 1
+        pull, rows_of = self._rows_of(y, moved)
+        found = [arrays for block in draw(rows_of) for arrays in block]
+        self._lay_out(found, moved, weights, moved_signs)
+        if moved.size:
+            # Half a typical margin, which _widen doubles.
+            self._pairs.rows["margin"][self._n_drawn :] = np.sqrt(np.mean(pull.astype(float) ** 2)) / 2
+        self._widen(np.arange(self._n_drawn, self.n_live, dtype=np.int32))
+        self._ladder = [Rung(np.inf, np.arange(self.n_live, dtype=np.int32), self._pairs.certificates)]
+        # One for each thread, to be added up; more than one only if they take no more than 256 MB.
+        self.counts = np.zeros((max(1, min(numba.get_num_threads(), (1 << 26) // n**2)), n, n), np.int32)
+        # For the lists that a pass makes; written here, as the first use of new memory costs 0.7 ns a byte.
+        self._soon, self._bounds = np.full((2, self.n_live), 0, np.int32), np.full((2, self.n_live), 0.0)
+        self._due = np.full(self.n_live, 0, np.int32)
+        self._scratch = [Scratch.of(n, d) for _ in self.counts]
+        edges, outputs = _chunk_edges(self.n_live), np.zeros((CHUNKS, n))
+
+        def begin(thread, low, high):
+            woken, squares = _begin(self._pairs, edges[low : high + 1], self._data, outputs[low:high])
+            _count_shared(self._pairs, edges[low], edges[high], squares, self.counts[thread])
+            return woken
+
+        self.changing = sum(_over_chunks(begin, 4 * self._used, len(self.counts)))
+        self.outputs = outputs.sum(axis=0)
+        self.looked_at += self.n_live
+        self.operations += self._pairs.copies * self._used
+
+    def _rows_of(self, y, moved):
+        """How far each y pulls the weights of a neuron active on its point, and a function that gives the live neurons of a
+        block and their rows."""
+        n, d = self.X.shape
+        copies = self._copies
         # No float32 product is further from the float64 one than this; a normal number is below 8.3 (NumPy's ziggurat).
         rounding = (d + 4) * np.finfo(np.float32).eps * 8.3 * np.sqrt(d)
         largest = np.finfo(np.float32).max
@@ -2662,7 +2695,9 @@ class _Lazy(_Search):
                 products = some @ self._data.X32.T
                 active, thresholds, tracked = _thresholds(products, least_active, pull, cross, lowered_shift)
                 numbers = first + copies * (low + np.arange(len(some)))
-                rows = np.flatnonzero((active > 0) & ~np.isin(numbers, moved) if moved.size else active)
+                if moved.size:  # of twins both have moved, or neither
+                    active[np.isin(numbers, moved)] = 0
+                rows = np.flatnonzero(active)
                 # Rows of equal length together: loops of an expected length are faster by a third.
                 rows = rows[np.lexsort((active[rows], tracked[rows]))]
                 room = int(tracked[rows].sum())
@@ -2671,16 +2706,20 @@ class _Lazy(_Search):
                 found.append((some[live], numbers, signs[numbers - first], *arrays))
             return found
 
-        found = [arrays for block in draw(rows_of) for arrays in block]
+        return pull, rows_of
+
+    def _lay_out(self, found, moved, weights, moved_signs):
+        """The rows found in one stretch of memory, then room for those of neurons whose weights are given."""
+        copies = self._copies
         vectors, live, signs, sizes, margins, points, products = zip(*found, strict=True)
         self._vectors = np.concatenate([*vectors, weights])  # in float32, as long as none has moved
         self.live, self.signs = np.concatenate([*live, moved]), np.concatenate([*signs, moved_signs]).astype(float)
         self.n_live = self.live.size
         sizes, self._used = np.concatenate(sizes), sum(map(len, points))
-        self._drawn = copies * sizes.size  # of the live neurons; the others' vectors are at hand, one for each
+        self._n_drawn = copies * sizes.size
         rows = np.zeros(self.n_live, LIVE_ROW).view(RECORDS)
         rows["sign"] = self.signs
-        drawn = rows[: self._drawn].reshape(-1, copies)
+        drawn = rows[: self._n_drawn].reshape(-1, copies)
         drawn["start"], drawn["count"] = (np.cumsum(sizes, dtype=np.int64) - sizes)[:, None], sizes[:, None]
         drawn["margin"], drawn["twin"] = np.concatenate(margins)[:, None], np.arange(copies)
         room = self._used + self._used // 2  # memory that is not written is not taken
@@ -2695,28 +2734,6 @@ class _Lazy(_Search):
         )
         np.concatenate(points, out=self._pairs.points[: self._used])
         np.concatenate(products, out=self._pairs.products[: self._used])
-        if moved.size:
-            # Half a typical margin, which _widen doubles.
-            rows["margin"][self._drawn :] = np.sqrt(np.mean(pull.astype(float) ** 2)) / 2
-        self._widen(np.arange(self._drawn, self.n_live, dtype=np.int32))
-        self._ladder = [Rung(np.inf, np.arange(self.n_live, dtype=np.int32), self._pairs.certificates)]
-        # One for each thread, to be added up; more than one only if they take no more than 256 MB.
-        self.counts = np.zeros((max(1, min(numba.get_num_threads(), (1 << 26) // n**2)), n, n), np.int32)
-        # For the lists that a pass makes; written here, as the first use of new memory costs 0.7 ns a byte.
-        self._soon, self._bounds = np.full((2, self.n_live), 0, np.int32), np.full((2, self.n_live), 0.0)
-        self._due = np.full(self.n_live, 0, np.int32)
-        self._scratch = [Scratch.of(n, d) for _ in self.counts]
-        edges, outputs = _chunk_edges(self.n_live), np.zeros((CHUNKS, n))
-
-        def begin(thread, low, high):
-            woken, squares = _begin(self._pairs, edges[low : high + 1], self._data, outputs[low:high])
-            _count_shared(self._pairs, edges[low], edges[high], squares, self.counts[thread])
-            return woken
-
-        self.changing = sum(_over_chunks(begin, 4 * self._used, len(self.counts)))
-        self.outputs = outputs.sum(axis=0)
-        self.looked_at += self.n_live
-        self.operations += copies * self._used
 
     @property
     def nnz(self):
@@ -2880,9 +2897,8 @@ class _Lazy(_Search):
         return active._replace(neurons=self.live[order[active.neurons]])
 
     def _starting_weights(self, rows):
-        copies = self._pairs.copies
-        drawn = np.minimum(rows, self._drawn)
-        return self._vectors[drawn // copies + (rows - drawn)].astype(float)
+        drawn = np.minimum(rows, self._n_drawn)  # whose vectors are shared; each of the others has one of its own
+        return self._vectors[drawn // self._copies + (rows - drawn)].astype(float)
 
     def _trained(self):
         def trained(rows):
@@ -3378,7 +3394,7 @@ class SublinearTrainer:
         # Nothing of this object has changed up to here, so that input that is refused leaves it as it was.
         with _uninterrupted():
             self._adopt(X, y, search, unreachable, begin)
-            self._scales, self._drawn_with, self.shift_, self.history_ = scales, seed, shift, []
+            self._scales, self._n_drawn_with, self.shift_, self.history_ = scales, seed, shift, []
             self.n_features_in_ = n_features
             vars(self).pop("feature_names_in_", None)
             if names is not None:
@@ -3614,7 +3630,7 @@ class SublinearTrainer:
             self._tolerance = _regression_tolerance(self._X, self.shift_)
         default = max(64 * (n + 8) if self.solver == "richardson" else 8 * n, 4 * self._X.shape[1])
         self._sketch_size = default if self.sketch_size is None else self.sketch_size
-        self._rng = np.random.default_rng(self._drawn_with)  # of the sketches
+        self._rng = np.random.default_rng(self._n_drawn_with)  # of the sketches
 
     def _solve(self, J, residual, damping, lap):
         if self.solver == "cholesky":
@@ -3686,7 +3702,7 @@ class SublinearTrainer:
             "live": network.live,
             "signs": network.signs.astype(np.int8),
             "weights": network._trained()(rows),
-            "probe": _generator_probe(self._drawn_with, d, network.init),
+            "probe": _generator_probe(self._n_drawn_with, d, network.init),
         }
         for name, standard in (("x", self._scales.x), ("y", self._scales.y)):
             if standard is not None:
@@ -3695,7 +3711,7 @@ class SublinearTrainer:
             _check_memory(f"the starting weights of {network.width} neurons", network.width * d * 4)
             blocks = zip(*network.draw(lambda first, W, signs: (W, signs)), strict=True)
             arrays["starting_weights"], arrays["starting_signs"] = map(np.concatenate, blocks)
-        drawn = {"random_state": self._drawn_with, "width": network.width, "init": network.init}
+        drawn = {"random_state": self._n_drawn_with, "width": network.width, "init": network.init}
         params = {**self.get_params(), **drawn, "callback": None}
         about = {
             "format": FORMAT,
