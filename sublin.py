@@ -3394,7 +3394,7 @@ class SublinearTrainer:
         # Nothing of this object has changed up to here, so that input that is refused leaves it as it was.
         with _uninterrupted():
             self._adopt(X, y, search, unreachable, begin)
-            self._scales, self._n_drawn_with, self.shift_, self.history_ = scales, seed, shift, []
+            self._scales, self._drawn_with, self.shift_, self.history_ = scales, seed, shift, []
             self.n_features_in_ = n_features
             vars(self).pop("feature_names_in_", None)
             if names is not None:
@@ -3630,7 +3630,7 @@ class SublinearTrainer:
             self._tolerance = _regression_tolerance(self._X, self.shift_)
         default = max(64 * (n + 8) if self.solver == "richardson" else 8 * n, 4 * self._X.shape[1])
         self._sketch_size = default if self.sketch_size is None else self.sketch_size
-        self._rng = np.random.default_rng(self._n_drawn_with)  # of the sketches
+        self._rng = np.random.default_rng(self._drawn_with)  # of the sketches
 
     def _solve(self, J, residual, damping, lap):
         if self.solver == "cholesky":
@@ -3702,7 +3702,7 @@ class SublinearTrainer:
             "live": network.live,
             "signs": network.signs.astype(np.int8),
             "weights": network._trained()(rows),
-            "probe": _generator_probe(self._n_drawn_with, d, network.init),
+            "probe": _generator_probe(self._drawn_with, d, network.init),
         }
         for name, standard in (("x", self._scales.x), ("y", self._scales.y)):
             if standard is not None:
@@ -3711,7 +3711,7 @@ class SublinearTrainer:
             _check_memory(f"the starting weights of {network.width} neurons", network.width * d * 4)
             blocks = zip(*network.draw(lambda first, W, signs: (W, signs)), strict=True)
             arrays["starting_weights"], arrays["starting_signs"] = map(np.concatenate, blocks)
-        drawn = {"random_state": self._n_drawn_with, "width": network.width, "init": network.init}
+        drawn = {"random_state": self._drawn_with, "width": network.width, "init": network.init}
         params = {**self.get_params(), **drawn, "callback": None}
         about = {
             "format": FORMAT,
