@@ -1736,21 +1736,23 @@ def _sort_descending(products, points, first, end):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _live_rows(rows, room, products, vectors, X, shift, thresholds, rounding):
+def _live_rows(rows, room, orders, products, vectors, X, shift, thresholds, rounding):
     """Rows of tracked pairs, of the vectors that fire: (vectors, sizes, margins, points, float64 products).
 
-    Candidates come from float32 products, which are wrong by `rounding` at most.
+    Candidates come from float32 products, which are wrong by `rounding` at most, and are taken in an order of the points:
+    that of the row, or the only one there is.
     """
     n, d = X.shape
     sizes, live, margins = np.empty(rows.size, np.int32), np.empty(rows.size, np.int64), np.empty(rows.size, np.float32)
     points, exact = np.empty(room, np.int32), np.empty(room)
     w = np.empty(d)
     found = free = 0
-    for r in rows:
+    for place in range(rows.size):
+        r, order = rows[place], orders[min(place, len(orders) - 1)]
         for z in range(d):  # not w[:] = ..., whose error messages take longer to compile than the rest
             w[z] = vectors[r, z]
         end = free
-        for j in range(n):
+        for j in order:
             if products[r, j] >= thresholds[r]:
                 points[end], exact[end] = j, _dot(w, X[j])
                 end += 1
@@ -2705,7 +2707,10 @@ class _Lazy(_Search):
                 # Rows of equal length together: loops of an expected length are faster by a third.
                 rows = rows[np.lexsort((active[rows], tracked[rows]))]
                 room = int(tracked[rows].sum())
-                live, *arrays = _live_rows(rows, room, products, some, self.X, self.shift, thresholds, rounding)
+                # Rows of many points are sorted faster if they nearly are already: digits take 0.6 instead of 0.8 s.
+                orders = np.argsort(-products[rows]) if 4 * room > n * rows.size else np.arange(n)[None]
+                made = products, some, self.X, self.shift, thresholds, rounding
+                live, *arrays = _live_rows(rows, room, orders, *made)
                 numbers = (numbers[live][:, None] + np.arange(copies)).ravel()
                 found.append((some[live], numbers, signs[numbers - first], *arrays))
             return found
