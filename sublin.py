@@ -1551,13 +1551,14 @@ def _regression_tolerance(X, shift):
 #
 #     w_r = w_r(0) + dw_r,    dw_r = -m^(-1/2) a_r sum_i gamma[r, i] x_i,    <w_r, x_j> = <w_r(0), x_j> + <dw_r, x_j>.
 #
-# No product has moved by more than |dw_r|, so a look at a neuron need not go further down its row than that below b. The two
-# neurons of an antisymmetric pair, *twins*, share a row of starting products, and move by opposites until one of them flips.
+# No product has moved by more than |dw_r|, or a bound on it, so a look at a neuron need not go further down its row than
+# that below b. The two neurons of an antisymmetric pair, *twins*, share a row of starting products, and move by opposites
+# until one of them flips.
 #
 # Nor need a neuron be looked at in every step. Let A_i be the sum of |g_i| / sqrt(m) over the steps, the *path* of point i,
 # D that of |g|_inf / sqrt(m), the *distance* of all, and cross_i the largest |<x_i, x_j>| over j != i. From one look to the
 # next act(r) is the same, so active products move by no more than the sum of A_i over act(r) grows, and the others by no
-# more than that of A_i cross_i grows. Each of these sums has a *limit*, and while both are below it no pair has flipped. A
+# more than that of A_i cross_i grows. Each of these sums has a *limit*, the *slack* away, and below both no pair flips. A
 # look puts the first one's limit ahead by the least excess of an active product over b, or by what inactive ones within
 # `reach` allow, if that is less; and the second one's by the least shortfall of a product beyond. If only the first has
 # reached its limit, the next look need not read beyond `reach`.
@@ -1575,14 +1576,16 @@ MARGIN = 1.6
 # n = 1024, m = 2^18, and where rows run out again and again, 1.25 costs no more.
 WIDER = 1.25
 
-# A look reads on to AHEAD |dw_r| below b, so that the next few need not read beyond `reach`. Looks in the third step at
-# n = 1024, m = 2^18, and those of them that read on: with 1.0, 126,000 and 98,000; with 1.03 to 1.3, 88,000 and 15,000.
+# A look reads on to AHEAD times the bound on |dw_r| below b, so that the next few need not read beyond `reach`. Looks in the
+# third step at n = 1024, m = 2^18, and those of them that read on: with 1.0, 126,000 and 98,000; with 1.03 to 1.3, 88,000 and
+# 15,000.
 AHEAD = 1.05
 
-# For two points, a word of 64 neurons takes 0.12 ns; one shared neuron, counted by itself, 3 ns.
+# For two points, a word of 64 neurons takes 0.12 ns; one shared neuron, counted by itself, 3 ns: the ratio of the two.
 WORD = 0.12 / 3.0
 
-LESS = 1.0 - 3e-6  # of a slack is relied upon, as rows of X may be longer than 1 by 1e-6
+# The part of a slack that is relied upon, as rows of X may be longer than 1 by 1e-6.
+LESS = 1.0 - 3e-6
 
 GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments for the average case of Shellsort", 2001
 
@@ -1616,7 +1619,7 @@ class LivePairs(NamedTuple):
     """
 
     rows: np.ndarray  # (n_live,) LIVE_ROW
-    certificates: np.ndarray  # (n_live,) inf if no pair can flip any more, -inf for a look in any case
+    certificates: np.ndarray  # (n_live,) inf if no pair can flip any more; -inf, with limits of -inf, for a look in any case
     points: np.ndarray  # (room,) int32
     products: np.ndarray  # (room,) at the start
     base: np.ndarray  # (copies * room,)
@@ -1925,7 +1928,8 @@ def _begin(pairs, edges, data, outputs):
 
 @njit(cache=True, nogil=True)
 def _count_shared(pairs, low, high, squares, counts):
-    """Adds to the counts of |Q_i & Q_j| those of the neurons low, ..., high - 1; `squares` is what _begin gave for them.
+    """Adds to the counts of |Q_i & Q_j| those of the neurons low, ..., high - 1, whose first `reach` pairs are the active ones,
+    as _begin leaves them; `squares` is what it gave for them.
 
     Neuron by neuron, or in words of 64 neurons, a bit for each, if that is faster: on digits, where each is active on 290 of
     1797 points, 0.05 instead of 2.1 s on one thread.
@@ -1957,7 +1961,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
     finds the flips, adds what they change to the `counts` of |Q_i & Q_j| and to the outputs f of the chunk. Sets new limits
     and certificates.
 
-    Flips are written to the journal, unless it is empty; returns how many.
+    Flips are written to the journal, unless its size is 0; returns how many were.
     """
     # Arrays are taken out of the tuple once, and rows are indexed, not sliced: references to arrays are counted by atomic
     # operations (145 instead of 43 ns a row, when threads waited for each other's).
@@ -2789,11 +2793,11 @@ class _Lazy(_Search):
             _take_back(self._pairs, piece)
         del self._ladder[1:]  # whose lists lack those that have lost their certificates
         self.outputs, self.gram, self._sum, self.counts, self.changing = self._before
-        if self._pass():  # whose flips, of pairs within rounding of b, count as any
+        if self._pass():  # a pair within rounding of b has flipped
             del self.gram
 
     def _pass(self):
-        """Checks the neurons whose certificates ran out, and looks at those whose slack is used up; returns the number of
+        """Checks the neurons whose certificates ran out, and looks at those that have reached a limit; returns the number of
         flips."""
         last = self._ladder[-1]
         # For a next step that is as long as the last one, and for one that is much shorter.
@@ -2855,7 +2859,7 @@ class _Lazy(_Search):
             some = short[low : low + batch]
             rows = self._pairs.rows[some]
             weights = self._starting_weights(some)
-            margins = WIDER * rows["margin"].astype(float)
+            margins = (WIDER * rows["margin"]).astype(float)  # float32 numbers, as they are kept
             with _serial_blas():
                 tracked = weights @ self.X.T >= (self.shift - margins)[:, None]
             ends = self._used + np.cumsum(np.count_nonzero(tracked, axis=1))

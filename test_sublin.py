@@ -2252,7 +2252,7 @@ def test_undo_restores_the_active_sets_after_long_steps(n, d, width, shift):
         fitted = trainer(width, shift=shift, random_state=seed, max_iter=0).fit(X, np.full(n, 100.0))
         search, rng = fitted._search, np.random.default_rng(seed)
         search.advance(0.1 * rng.standard_normal(n), lambda phase: None)
-        outputs, sets = search.outputs, search.active_sets()
+        outputs, sets = search.outputs.copy(), search.active_sets()
         for _ in range(2):
             search.remember()
             search.advance(30 * rng.standard_normal(n), lambda phase: None)
