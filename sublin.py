@@ -1577,8 +1577,8 @@ MARGIN = 1.6
 WIDER = 1.25
 
 # A look reads on to AHEAD times the bound on |dw_r| below b, so that the next few need not read beyond `reach`. Looks in the
-# third step at n = 1024, m = 2^18, and those of them that read on: with 1.0, 126,000 and 98,000; with 1.03 to 1.3, 88,000 and
-# 15,000.
+# third step at n = 1024, m = 2^18, and those of them that read on: 126,000 and 98,000 with 1.0, 88,000 and 15,000 with 1.03
+# to 1.3.
 AHEAD = 1.05
 
 # For two points, a word of 64 neurons takes 0.12 ns; one shared neuron, counted by itself, 3 ns: the ratio of the two.
@@ -1928,8 +1928,8 @@ def _begin(pairs, edges, data, outputs):
 
 @njit(cache=True, nogil=True)
 def _count_shared(pairs, low, high, squares, counts):
-    """Adds to the counts of |Q_i & Q_j| those of the neurons low, ..., high - 1, whose first `reach` pairs are the active ones,
-    as _begin leaves them; `squares` is what it gave for them.
+    """Adds to the counts of |Q_i & Q_j| those of the neurons low, ..., high - 1, whose active pairs are the first `reach`, as
+    _begin leaves them; `squares` is what it gave for them.
 
     Neuron by neuron, or in words of 64 neurons, a bit for each, if that is faster: on digits, where each is active on 290 of
     1797 points, 0.05 instead of 2.1 s on one thread.
