@@ -1906,6 +1906,7 @@ def _begin(pairs, edges, data, outputs):
     """Finds the active pairs, limits and certificates of the neurons edges[chunk], ..., edges[chunk + 1] - 1, which have not
     moved, and their outputs f. Returns how many are active on some point, and the sum of |act(r)|^2."""
     rows, certificates, points, products, base, active, copies = pairs
+    inverse = 1.0 / data.largest_cross
     woken = squares = 0
     for chunk in range(edges.size - 1):
         for q in range(edges[chunk], edges[chunk + 1]):
@@ -1921,7 +1922,7 @@ def _begin(pairs, edges, data, outputs):
             squares += k * k
             slack = (products[first + k - 1] - data.shift) * LESS if k > 0 else np.inf
             far_slack = (data.shift - products[first + k] if k < size else row.margin) * LESS
-            certificates[q] = _certificate(0.0, slack, far_slack, k, 1.0 / data.largest_cross) if k > 0 else np.inf
+            certificates[q] = _certificate(0.0, slack, far_slack, k, inverse) if k > 0 else np.inf
             row.limit, row.far_limit = _rounded_down(slack), _rounded_down(far_slack)
     return woken, squares
 
@@ -2650,14 +2651,17 @@ class _Lazy(_Search):
             gather=4.0 if n <= 362 else 64.0,  # whether X X^T stays in a second-level cache of 1 MB
         )
         self._sum, self._path = np.zeros(n), np.zeros(n)
-        self._distance = self._last_move = 0.0
-        self.changing = self.widened = 0  # `widened` counts rows made anew in training, for those who look inside
+        self._distance = 0.0
+        self.widened = 0  # rows made anew in training, for those who look inside
         self._journal = None  # flips of a step that is to be remembered, in pieces, while it is taken
 
     def _start(self, y, draw, moved, weights, moved_signs):
         n, d = self.X.shape
-        pull, rows_of = self._rows_of(y, moved)
-        found = [arrays for block in draw(rows_of) for arrays in block]
+        # Training ends about where every active product has moved by |y_i| / (Phi(-b) sqrt(m)), and so dw_r is a sum of
+        # vectors of about that length, one for each active point.
+        output_per_move = max(scipy.special.ndtr(-self.shift), 1e-30) * np.sqrt(self.width)
+        pull = np.minimum(MARGIN * np.abs(y) / output_per_move, np.finfo(np.float32).max).astype(np.float32)
+        found = [arrays for block in draw(self._rows_of(pull, moved)) for arrays in block]
         self._lay_out(found, moved, weights, moved_signs)
         if moved.size:
             # A typical margin, once _widen has made it wider.
@@ -2680,11 +2684,11 @@ class _Lazy(_Search):
         self.changing = sum(_over_chunks(begin, 4 * self._used, len(self.counts)))
         self.outputs = outputs.sum(axis=0)
         self.looked_at += self.n_live
-        self.operations += self._pairs.copies * self._used
+        self.operations += self._copies * self._used
 
-    def _rows_of(self, y, moved):
-        """How far each y pulls the weights of a neuron active on its point, and a function that gives the live neurons of a
-        block and their rows."""
+    def _rows_of(self, pull, moved):
+        """A function that gives the live neurons of a block that have not moved, and their rows. Margins follow from how far
+        each point is expected to `pull` the weights of neurons active on it."""
         n, d = self.X.shape
         copies = self._copies
         # No float32 product is further from the float64 one than this; a normal number is below 8.3 (NumPy's ziggurat).
@@ -2692,10 +2696,6 @@ class _Lazy(_Search):
         largest = np.finfo(np.float32).max
         least_active, lowered_shift = np.float32(np.clip(self.shift - np.array([1, 2]) * rounding, -largest, largest))
         cross = np.float32(self._data.largest_cross)
-        # Training ends about where every active product has moved by |y_i| / (Phi(-b) sqrt(m)), and so dw_r is a sum of
-        # vectors of about that length, one for each active point.
-        output_per_move = max(scipy.special.ndtr(-self.shift), 1e-30) * np.sqrt(self.width)
-        pull = np.minimum(MARGIN * np.abs(y) / output_per_move, largest).astype(np.float32)
         piece = max(64, (1 << 19) // n)  # vectors whose products are made together, 2 MB of them
 
         def rows_of(first, vectors, signs):
@@ -2719,7 +2719,7 @@ class _Lazy(_Search):
                 found.append((some[live], numbers, signs[numbers - first], *arrays))
             return found
 
-        return pull, rows_of
+        return rows_of
 
     def _lay_out(self, found, moved, weights, moved_signs):
         """The rows found in one stretch of memory, then room for those of neurons whose weights are given."""
@@ -2788,7 +2788,8 @@ class _Lazy(_Search):
 
     def undo(self):
         # The way back is a path like any other: the certificates of neurons with no flip hold.
-        self._travel(self._sum - self._before[2])
+        _, _, sums, _, _ = self._before
+        self._travel(self._sum - sums)
         for piece in reversed(self._taken):
             _take_back(self._pairs, piece)
         del self._ladder[1:]  # whose lists lack those that have lost their certificates
@@ -2825,7 +2826,7 @@ class _Lazy(_Search):
         outputs, tallies = np.zeros((CHUNKS, n)), np.zeros((CHUNKS, 5), np.int64)
         soon, due = self._soon[0], self._due
         # A pair flips once at most; memory that is not written is not taken.
-        room = 0 if self._journal is None else self._pairs.copies * self._used
+        room = 0 if self._journal is None else self._copies * self._used
 
         def walk(thread, low, high):
             mine, ends = edges[low : high + 1], np.empty(high - low, np.int64)
@@ -2853,23 +2854,25 @@ class _Lazy(_Search):
 
     def _widen(self, short):
         """Makes the rows anew whose margins are too small, with margins wider than is needed now."""
-        n = len(self.X)
-        batch = max(1, (1 << 20) // n)
+        batch = max(1, (1 << 20) // len(self.X))
         for low in range(0, short.size, batch):
-            some = short[low : low + batch]
-            rows = self._pairs.rows[some]
-            weights = self._starting_weights(some)
-            margins = (WIDER * rows["margin"]).astype(float)  # float32 numbers, as they are kept
-            with _serial_blas():
-                tracked = weights @ self.X.T >= (self.shift - margins)[:, None]
-            ends = self._used + np.cumsum(np.count_nonzero(tracked, axis=1))
-            starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
-            self._reserve(self._used)
+            self._widen_batch(short[low : low + batch])
 
-            widen = partial(_widen_rows, self._pairs, some, tracked, weights, self.X, margins, starts)
-            edges = _chunk_edges(some.size)
-            _over_chunks(lambda _, first, last, widen=widen, edges=edges: widen(edges[first], edges[last]), tracked.size)
-            self.operations += tracked.size * self.X.shape[1]
+    def _widen_batch(self, short):
+        rows, weights = self._pairs.rows[short], self._starting_weights(short)
+        margins = (WIDER * rows["margin"]).astype(float)  # float32 numbers, as they are kept
+        with _serial_blas():
+            tracked = weights @ self.X.T >= (self.shift - margins)[:, None]
+        ends = self._used + np.cumsum(np.count_nonzero(tracked, axis=1))
+        starts, self._used = np.append(self._used, ends[:-1]), int(ends[-1])
+        self._reserve(self._used)
+        edges = _chunk_edges(short.size)
+
+        def widen(_, low, high):
+            _widen_rows(self._pairs, short, tracked, weights, self.X, margins, starts, edges[low], edges[high])
+
+        _over_chunks(widen, tracked.size)
+        self.operations += tracked.size * self.X.shape[1]
 
     def _reserve(self, room):
         """Makes room for so many pairs."""
