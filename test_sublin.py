@@ -813,6 +813,18 @@ def test_later_steps_look_at_few_neurons():
     np.testing.assert_allclose(residuals_of(lazy), residuals_of(tree), rtol=1e-6, atol=1e-11)
 
 
+@pytest.mark.parametrize("n, d, width, shift", [(12, 16, 1 << 14, 2.0), (12, 16, 1 << 16, 2.5), (4, 4, 1 << 14, 2.0)])
+def test_of_neurons_active_on_one_point_only_those_that_flip_are_looked_at(n, d, width, shift):
+    X, y = problem(n, d)
+    begun, stepped = (trainer(width, shift=shift, max_iter=steps).fit(X, y) for steps in (0, 1))
+    _, neurons = begun.active_sets()
+    points = np.bincount(neurons, minlength=width)
+    assert np.count_nonzero(points == 1) > 4 * np.count_nonzero(points > 1)
+    record = stepped.history_[1]
+    assert 0 < record["flips"] <= record["looked_at"] <= record["flips"] + np.count_nonzero(points > 1)
+    stepped.check()
+
+
 @pytest.mark.parametrize("margin", [0.05, sublin.MARGIN])
 def test_live_pairs_have_the_same_bits_for_any_number_of_threads(margin, monkeypatch):
     monkeypatch.setattr(sublin, "MARGIN", margin)
@@ -916,10 +928,12 @@ def test_shared_neurons_are_counted_alike_one_by_one_and_in_words(n, width, shif
 
 @core
 def test_limits_are_rounded_down():
-    for x in (0.0, 1.0, *np.geomspace(1e-300, 1e300, 1201), np.inf):
+    sizes = np.geomspace(1e-300, 1e300, 1201)
+    for x in (0.0, *sizes, np.inf, *-sizes, -np.inf):
         below = sublin._rounded_down(x)
         assert below <= x
-        assert below >= min(x, 3e38) * (1 - 2.0**-22) - 1e-44
+        if x > -3e38:
+            assert below >= min(x, 3e38) - 2.0**-22 * min(abs(x), 3e38) - 1e-44
 
 
 def spoil_first(name, value):
@@ -952,6 +966,7 @@ def spoil_first(name, value):
         (spoil_first("active", lambda active: not active), "active"),
         (spoil_first("base", lambda base: base + 1.0), "the residual is not that of the weights"),
         (lambda search: search._sum.__iadd__(1e-6), "the residual is not that of the weights"),
+        (lambda search: search._pairs.rows["flipped"].fill(0), "a pair has flipped, and its neuron is not marked"),
         (lambda search: search.counts.__iadd__(1), "counts are not the active sets'"),
         (lambda search: setattr(search, "changing", 0), "the number of neurons that move is wrong"),
         (lambda search: search._ladder.append(sublin.Rung(np.inf, *np.zeros((2, 0), int))), "its neuron is on no list"),
