@@ -1631,7 +1631,7 @@ class LivePairs(NamedTuple):
 
     rows: np.ndarray  # (n_live,) LIVE_ROW
     certificates: np.ndarray  # (n_live,) inf if no pair can flip any more; -inf, with limits of -inf, for a look in any case
-    points: np.ndarray  # (room,) int32
+    points: np.ndarray  # (room,) uint32
     products: np.ndarray  # (room,) at the start
     base: np.ndarray  # (copies * room,)
     active: np.ndarray  # (copies * room,) bool
@@ -1655,7 +1655,7 @@ class Rung(NamedTuple):
     """A list of neurons that holds all whose certificates end at `horizon` or before."""
 
     horizon: float
-    neurons: np.ndarray  # (k,) int32
+    neurons: np.ndarray  # (k,) uint32
     bounds: np.ndarray  # (k,) lower bounds of their certificates, in one stretch of memory
 
 
@@ -1675,15 +1675,15 @@ NOTED, STAYED = 64, 256
 class Scratch(NamedTuple):
     """What _look writes, one for each thread."""
 
-    moved_by: np.ndarray  # (n + 1,) int32, points with a gamma that is not zero
+    moved_by: np.ndarray  # (n + 1,) uint32, points with a gamma that is not zero
     factors: np.ndarray  # (n + 1,) by which they have moved the weights
     w: np.ndarray  # (d,) dw_r
     direction: np.ndarray  # (d,) float32, dw_r / |dw_r|
     moves: np.ndarray  # (n,) of products
     excess: np.ndarray  # (n,) of products over b
-    candidates: np.ndarray  # (n + 1,) int32, pairs that may have flipped, by where they stand in the row
+    candidates: np.ndarray  # (n + 1,) uint32, pairs that may have flipped, by where they stand in the row
     noted: np.ndarray  # ((NOTED + 1) n, 3) int32, flips that are not counted yet: point, +1 or -1, number of the note
-    stayed: np.ndarray  # ((STAYED + 1) n,) int32, points on which their neurons stay active
+    stayed: np.ndarray  # ((STAYED + 1) n,) uint32, points on which their neurons stay active
     note_ends: np.ndarray  # (2, (NOTED + 1) n + 1) int32, where each note ends in those two, after 0
 
     @classmethod
@@ -2183,14 +2183,14 @@ def _widen_rows(pairs, short, tracked, weights, X, margins, starts, low, high):
     (len(short), n). Starting products are those of _live_rows to the bit."""
     rows, _, points, products, base, active, copies = pairs
     n = len(X)
-    old_base, old_active = np.zeros(n), np.zeros(n, np.bool_)
+    old_base, old_active, was_near = np.zeros(n), np.zeros(n, np.bool_), np.zeros(n, np.bool_)
     for z in range(low, high):
         row = rows[short[z]]
         own = copies * row.start + row.twin * row.count
         for e in range(row.reach):
             j = points[row.start + e]
-            old_base[j], old_active[j] = base[own + e], active[own + e]
-        row.start, row.margin = starts[z], margins[z]  # `reach` holds: the row goes on where it ended
+            old_base[j], old_active[j], was_near[j] = base[own + e], active[own + e], True
+        row.start, row.margin = starts[z], margins[z]
         end = row.start
         for j in range(n):
             if tracked[z, j]:
@@ -2202,7 +2202,9 @@ def _widen_rows(pairs, short, tracked, weights, X, margins, starts, low, high):
         for e in range(row.count):
             j = points[row.start + e]
             base[own + e], active[own + e] = old_base[j], old_active[j]
-            old_base[j], old_active[j] = 0.0, False
+            # Points that come in may stand before others, as float32 products chose the old ones.
+            row.reach = e + 1 if was_near[j] else row.reach
+            old_base[j], old_active[j], was_near[j] = 0.0, False, False
         if row.count == n:
             row.margin = np.inf
 
@@ -2726,7 +2728,8 @@ class _Lazy(_Search):
             return woken
 
         self.changing = sum(_over_chunks(begin, 4 * self._used, len(self.counts)))
-        self.outputs = self._starting_outputs = outputs.sum(axis=0)
+        self._starting_outputs = outputs.sum(axis=0)
+        self.outputs = self._starting_outputs.copy()
         self.looked_at += self.n_live
         self.operations += self._copies * self._used
 
