@@ -1563,14 +1563,14 @@ def _regression_tolerance(X, shift):
 # `reach` allow, if that is less; and the second one's by the least shortfall of a product beyond. If only the first has
 # reached its limit, the next look need not read beyond `reach`.
 #
-# More is known of a neuron that is active on one point x_i only, as most are if n is small: it moves *along* x_i, by
-# -m^(-1/2) a_r times the sum of g_i, and a product with x_j by <x_i, x_j> times that. The two limits of such a neuron are of
-# how far it is along x_i, and against it, and a look finds when a pair will flip, not when it may: at n = 64, m = 2^20 the
-# first step looks at 108,000 instead of 162,000 neurons.
+# More is known of a *single* neuron, active on one point x_i only, as most are if n is small: it moves along x_i, as
+# far as s = -m^(-1/2) a_r (the sum of g_i over all steps) does, and its product with x_j by <x_i, x_j> times that. Its
+# limits are of s and of -s, its slacks how far it can move along x_i and against it before a pair flips, not before one may,
+# and a look always reads on: at n = 64, m = 2^20 the first step looks at 108,000 instead of 162,000 neurons.
 #
 # Since the sums grow by at most |act(r)| times what D does, a neuron need not even be thought of before D reaches a certain
-# value, its *certificate*. A step *checks* the neurons whose certificates ran out, and *looks at* those of them where a sum
-# has reached its limit.
+# value, its *certificate*. A step *checks* the neurons whose certificates ran out, and *looks at* those of them where a
+# limit is reached.
 
 # Margins are MARGIN times the movement expected of products by the end of training. Means over the steps of a run with 1.2,
 # 1.4, 1.6: 5.9, 3.9, 3.7 ms at n = 64, m = 2^20; with 1.35, 1.45, 1.6: 176, 138, 130 ms at n = 1024, m = 2^18, where
@@ -1596,8 +1596,8 @@ GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # of M. Ciura, "Best increments 
 
 
 # Numba counts negative indices from the end, which takes three instructions an index, unless it knows that there are none:
-# points are unsigned, and places in memory go through this mask. On one thread the looks of a first step take 7.9 instead of
-# 9.1 ms at n = 64, m = 2^20, and 210 instead of 250 ms at n = 1024, m = 2^18.
+# points are unsigned, and where it pays, places in memory go through this mask, which changes none of them. On one thread
+# the looks of a first step take 7.9 instead of 9.1 ms at n = 64, m = 2^20, and 0.87 of the time at n = 1024, m = 2^18.
 NOT_NEGATIVE = 2**62 - 1
 
 # What is not compiled needs this kind of array for row.start to work; compiled code takes the plain kind faster.
@@ -1609,8 +1609,8 @@ RECORDS = np.recarray if numba.config.DISABLE_JIT else np.ndarray
 LIVE_ROW = np.dtype(
     [
         ("start", np.int64),
-        ("limit", np.float32),  # of the sum of A_i over act(r), or of how far the neuron is along x_i
-        ("far_limit", np.float32),  # of that of A_i cross_i, or of how far it is against x_i
+        ("limit", np.float32),  # of the sum of A_i over act(r); of s if it is single
+        ("far_limit", np.float32),  # of that of A_i cross_i; of -s if it is single
         ("margin", np.float32),  # starting products that are not tracked are further below b than this
         ("count", np.int32),
         ("reach", np.int32),  # pairs that have ever been active are among so many first ones
@@ -1681,7 +1681,7 @@ class Scratch(NamedTuple):
     direction: np.ndarray  # (d,) float32, dw_r / |dw_r|
     moves: np.ndarray  # (n,) of products
     excess: np.ndarray  # (n,) of products over b
-    candidates: np.ndarray  # (n + 1,) uint32, pairs that may have flipped, by where they stand in the row
+    candidates: np.ndarray  # (n + 1,) uint32, from `reach` on: pairs beyond it that may have woken, by where they stand
     noted: np.ndarray  # ((NOTED + 1) n, 3) int32, flips that are not counted yet: point, +1 or -1, number of the note
     stayed: np.ndarray  # ((STAYED + 1) n,) uint32, points on which their neurons stay active
     note_ends: np.ndarray  # (2, (NOTED + 1) n + 1) int32, where each note ends in those two, after 0
@@ -1909,20 +1909,24 @@ def _products(X, w, points, first, count, factor, out):
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def _certificate(distance, slack, far_slack, k, inverse):
     """Up to which distance neither slack can be used up, with k active pairs and `inverse` 1 / the largest cross_i; rounded
-    down, however long the way so far."""
+    down, however large the distance so far. Of a single neuron, k = 1, both slacks are what D bounds."""
     return (distance + min(slack, far_slack if k == 1 else far_slack * inverse) / k) * (1.0 - 1e-15)
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def _ways(excess, tolerance, XXt, i, points, first, stop, beyond):
-    """How far a neuron can move along x_i, and how far against it, before a pair flips: one of the first `stop` of its row,
-    whose products are above b by `excess`, give or take the tolerance, or one of the others, after at least `beyond`."""
-    up = down = beyond
+    """How far a single neuron can move along x_i, and how far against it, before a pair flips; or a little less.
+
+    Of its first `stop` pairs excess[e] is how far the product is above b, known to the tolerance; none of the others flips
+    before `beyond`, either way.
+    """
+    along = against = beyond
     for e in range(stop):
-        product = XXt[i, points[first + e]]
-        way, is_up = (abs(excess[e]) - tolerance) / abs(product), (excess[e] < 0.0) == (product > 0.0)
-        up, down = min(up, way if is_up else np.inf), min(down, np.inf if is_up else way)
-    return max(0.0, up) * LESS, max(0.0, down) * LESS
+        product = XXt[i, points[first + e]]  # the way is inf if it is 0
+        way = (abs(excess[e]) - tolerance) / abs(product)
+        ahead = (excess[e] < 0.0) == (product > 0.0)  # asleep and rising, or active and falling
+        along, against = min(along, way if ahead else np.inf), min(against, np.inf if ahead else way)
+    return max(0.0, along) * LESS, max(0.0, against) * LESS
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -2096,7 +2100,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                     candidates[found] = e
                     found += not clear
             slack, gone, gone_far, still, turned, kept = np.inf, 0.0, 0.0, 0, note_ends[0, notes], note_ends[1, notes]
-            i = np.uint32(0)  # if it is active on one point, which
+            i = np.uint32(0)  # a point it is active on, the only one if it is single
             for s in range(found):
                 e = s if s < reach else candidates[s]
                 j, above, was_active = points[first + e], excess[e], active[own + e]
@@ -2104,7 +2108,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                     above = products[first + e] - shift
                     for z in range(d):
                         above += w[z] * X[j, z]
-                    excess[e] = above
+                    excess[e] = above  # for _ways
                 is_active = above >= 0.0
                 if is_active != was_active:  # the outputs are f - G g, as if the pair had not flipped
                     outputs[chunk, j] -= scale * abs(above)
@@ -2211,10 +2215,10 @@ def _widen_rows(pairs, short, tracked, weights, X, margins, starts, low, high):
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def _add_outputs(pairs, edges, data, outputs):
-    """Adds to outputs[chunk] what the neurons edges[chunk], ..., edges[chunk + 1] - 1 add to f, with `base` for gamma, less
-    what they added at the start: nothing, as long as none of a neuron's pairs has flipped.
+    """Adds to outputs[chunk] what the neurons edges[chunk], ..., edges[chunk + 1] - 1 add to f with `base` for gamma, less
+    what they added at the start: nothing where no pair has flipped.
 
-    The rest of gamma, the sum of g over all steps where a pair is active, adds -G sum.
+    f is what it was at the start, and this, and -G sum for the rest of gamma, the sum of g over all steps of active pairs.
     """
     rows, _, points, products, base, active, copies = pairs
     X, _, XXt, _, _, shift, unit, gather = data
@@ -2234,7 +2238,7 @@ def _add_outputs(pairs, edges, data, outputs):
                 above = products[first + e] - shift
                 firing[k], excess[k] = points[first + e], above
                 k += active[own + e]
-                outputs[chunk, points[first + e]] += scale * max(above, 0.0)
+                outputs[chunk, points[first + e]] += scale * max(above, 0.0)  # less what it added at the start
             if gather * c * k > (c + k) * d:
                 _combine(factors, moved_by, c, X, w)
                 _products(X, w, firing, 0, k, 1.0, moves)
@@ -2674,8 +2678,8 @@ class _Lazy(_Search):
     far as the step goes. Steps shrink, and so do the lists: a step leaves lists for a next one as long as itself and for one
     16 times shorter, where they at least halve.
 
-    The outputs follow from the Gram matrix, f <- f - G g, and from the flips; they are computed from the pairs before
-    training ends.
+    The outputs follow from the Gram matrix, f <- f - G g, and from the flips; before training ends they are computed anew,
+    from those at the start and the neurons that have flipped.
     """
 
     def _allocate(self):
@@ -3011,7 +3015,7 @@ class _Lazy(_Search):
         left, cross = firing.sum(axis=1) * (pairs.certificates[moving] - self._distance), self._data.largest_cross
         slack = np.maximum(rows["limit"] - gone, left)[:, None]
         far_slack = np.maximum(rows["far_limit"] - gone_far, np.where(single, left, cross * left))[:, None]
-        # Between `low` and `high` each product may move before its neuron is looked at.
+        # How small the excess of an active pair can become before its neuron is looked at, and how large that of another.
         up, down = (np.clip(way, 0.0, 1e30) * (firing @ self.XXt) for way in (slack, far_slack))
         away = np.where(near, np.minimum(cross * slack, far_slack), far_slack)
         low = np.where(single[:, None], np.minimum(excess + up, excess - down), excess - slack)

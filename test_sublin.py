@@ -813,6 +813,18 @@ def test_later_steps_look_at_few_neurons():
     np.testing.assert_allclose(residuals_of(lazy), residuals_of(tree), rtol=1e-6, atol=1e-11)
 
 
+def test_rows_made_anew_reach_a_pair_that_moves_down_as_a_point_comes_in(monkeypatch):
+    # Three copies of each point, apart by less than float32 products tell, and a margin that ends between two of them.
+    monkeypatch.setattr(sublin, "MARGIN", 0.01)
+    rng = np.random.default_rng(1)
+    X = unit_rows(unit_rows(np.repeat(rng.normal(size=(20, 8)), 3, axis=0)) + 3e-8 * rng.normal(size=(60, 8)))
+    X, y = X[rng.permutation(60)], rng.normal(size=60)
+    options = {"shift": 0.9964949098489018, "damping": 1e-2, "random_state": 1, "max_iter": 6, "tol": 1e-12}
+    lazy, dense = (trainer(2000, search=search, **options).fit(X, y) for search in ("lazy", "dense"))
+    lazy.check()
+    np.testing.assert_allclose(residuals_of(lazy), residuals_of(dense), rtol=1e-6)
+
+
 @pytest.mark.parametrize("n, d, width, shift", [(12, 16, 1 << 14, 2.0), (12, 16, 1 << 16, 2.5), (4, 4, 1 << 14, 2.0)])
 def test_of_neurons_active_on_one_point_only_those_that_flip_are_looked_at(n, d, width, shift):
     X, y = problem(n, d)
