@@ -1949,13 +1949,14 @@ def _begin(pairs, edges, data, outputs):
             row.reach = k
             woken += k > 0
             squares += k * k
-            slack = (products[first + k - 1] - data.shift) * LESS if k > 0 else np.inf
-            far_slack = (data.shift - products[first + k] if k < size else row.margin) * LESS
             if k == 1:
                 for e in range(size):
                     excess[e] = products[first + e] - data.shift
                 i = points[first]
                 slack, far_slack = _ways(excess, 0.0, data.XXt, i, points, first, size, row.margin / data.cross[i])
+            else:
+                slack = (products[first + k - 1] - data.shift) * LESS if k > 0 else np.inf
+                far_slack = (data.shift - products[first + k] if k < size else row.margin) * LESS
             certificates[q] = _certificate(0.0, slack, far_slack, k, inverse) if k > 0 else np.inf
             row.limit, row.far_limit = _rounded_down(slack), _rounded_down(far_slack)
     return woken, squares
@@ -2016,7 +2017,7 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
             if place + 8 < due_ends[chunk]:
                 _prefetch(rows, due[place + 8])
                 soon = rows[due[place + 4]]
-                own = (copies * soon.start + soon.twin * soon.count) & NOT_NEGATIVE
+                own = copies * soon.start + soon.twin * soon.count
                 _prefetch(points, soon.start)
                 _prefetch(products, soon.start)
                 _prefetch(base, own)
@@ -2130,13 +2131,14 @@ def _look(pairs, due, edges, due_ends, distance, sums, path, data, counts, outpu
                 gone_far += path[j] * cross[j] if is_active else 0.0
                 slack = min(slack, above - tolerance if is_active else -(above + tolerance) * inverse)
                 far_excess = max(far_excess, above if e >= reach and not is_active else -np.inf)
-            new = turned - note_ends[0, notes]
+            new, stays = turned - note_ends[0, notes], kept - note_ends[1, notes]
             if new > 0:
                 woken += int(still > 0) - int(k > 0)
                 flips += new
-                operations += new * (kept - note_ends[1, notes])
-                if new + kept - note_ends[1, notes] == 1:  # no other point shares the neuron
-                    counts[noted[turned - 1, 0], noted[turned - 1, 0]] += noted[turned - 1, 1]
+                operations += new * stays
+                if new == 1 and stays == 0:  # no other point shares the neuron: counted here, and not noted
+                    j, sign, _ = noted[turned - 1]
+                    counts[j, j] += sign
                 else:
                     notes += 1
                     note_ends[0, notes], note_ends[1, notes] = turned, kept
@@ -2187,13 +2189,13 @@ def _widen_rows(pairs, short, tracked, weights, X, margins, starts, low, high):
     (len(short), n). Starting products are those of _live_rows to the bit."""
     rows, _, points, products, base, active, copies = pairs
     n = len(X)
-    old_base, old_active, was_near = np.zeros(n), np.zeros(n, np.bool_), np.zeros(n, np.bool_)
+    old_base, old_active = np.zeros(n), np.zeros(n, np.bool_)
     for z in range(low, high):
         row = rows[short[z]]
         own = copies * row.start + row.twin * row.count
         for e in range(row.reach):
             j = points[row.start + e]
-            old_base[j], old_active[j], was_near[j] = base[own + e], active[own + e], True
+            old_base[j], old_active[j] = base[own + e], active[own + e]
         row.start, row.margin = starts[z], margins[z]
         end = row.start
         for j in range(n):
@@ -2206,9 +2208,9 @@ def _widen_rows(pairs, short, tracked, weights, X, margins, starts, low, high):
         for e in range(row.count):
             j = points[row.start + e]
             base[own + e], active[own + e] = old_base[j], old_active[j]
-            # Points that come in may stand before others, as float32 products chose the old ones.
-            row.reach = e + 1 if was_near[j] else row.reach
-            old_base[j], old_active[j], was_near[j] = 0.0, False, False
+            if old_active[j] or old_base[j] != 0.0:  # further on if a point that float32 products had missed comes before
+                row.reach = max(row.reach, e + 1)
+            old_base[j], old_active[j] = 0.0, False
         if row.count == n:
             row.margin = np.inf
 

@@ -941,7 +941,7 @@ def test_shared_neurons_are_counted_alike_one_by_one_and_in_words(n, width, shif
 @core
 def test_limits_are_rounded_down():
     sizes = np.geomspace(1e-300, 1e300, 1201)
-    for x in (0.0, *sizes, np.inf, *-sizes, -np.inf):
+    for x in (0.0, 1.0, *sizes, np.inf, -1.0, *-sizes, -np.inf):
         below = sublin._rounded_down(x)
         assert below <= x
         if x > -3e38:
