@@ -163,47 +163,47 @@ def plain_numpy_step(X, y, W, signs, outputs, hidden, damping=0.0):
     return W - active.T @ X
 
 
-class NumpySteps:
-    """Times the plain NumPy step, and its first matrix product alone, from the starting weights."""
-
-    def __init__(self, X, y, width):
-        start = train("dense", X, y, width, max_iter=0)
-        self.W, self.signs = start.weights().astype(np.float32), start.signs_.astype(np.float32)
-        self.X, self.y, self.shift = X.astype(np.float32), y.astype(np.float32), start.shift_
-        self.products = np.empty((len(X), width), np.float32)
-
-    def time(self):
-        for _ in range(2):  # the second counts: in a loop of steps, large arrays are in memory that was used before
-            begin = time.perf_counter()
-            outputs, hidden = plain_numpy_outputs(self.X, self.W, self.signs, self.shift)
-            plain_numpy_step(self.X, self.y, self.W, self.signs, outputs, hidden)
-            middle = time.perf_counter()
-        np.matmul(self.X, self.W.T, out=self.products)
-        return {"numpy": middle - begin, "matrix product": time.perf_counter() - middle}
+def numpy_seconds(X, y, width):
+    """Seconds of the plain NumPy step, and of its first matrix product alone, from the starting weights."""
+    start = train("dense", X, y, width, max_iter=0)
+    W, signs, shift = start.weights().astype(np.float32), start.signs_.astype(np.float32), start.shift_
+    X, y = X.astype(np.float32), y.astype(np.float32)
+    products = X @ W.T  # in memory that is used again
+    for _ in range(2):  # the second counts: in a loop of steps, large arrays are in memory that was used before
+        begin = time.perf_counter()
+        outputs, hidden = plain_numpy_outputs(X, W, signs, shift)
+        plain_numpy_step(X, y, W, signs, outputs, hidden)
+        middle = time.perf_counter()
+    np.matmul(X, W.T, out=products)
+    return {"numpy": middle - begin, "matrix product": time.perf_counter() - middle}
 
 
-def measure_steps(n, d, width, methods, repeats, progress, with_numpy=False):
-    """`repeats` runs of each method, taking turns: seconds of initialisation, and the records of all steps."""
-    X, y = random_unit_data(n, d)
-    plain = NumpySteps(X, y, width) if with_numpy else None
-    runs = {name: [] for name in methods}
+def measure_steps(cells, repeats, progress, with_numpy=False):
+    """`repeats` runs of each method of the cells (n, d, width, methods): seconds of initialisation, records of all steps.
+
+    A turn runs through all cells, so that the runs of one are minutes apart: what else the machine does for some seconds
+    spoils one of them, and not the median.
+    """
+    found = [{"n": n, "d": d, "width": width, "methods": {name: [] for name in methods}} for n, d, width, methods in cells]
     for turn in range(repeats + 1):
-        for name in methods:
-            time.sleep(0.05)  # until the idle threads of the method before no longer spin on the cores
-            trainer = train(name, X, y, width)
-            if turn > 0:  # the first turn is a warm-up
-                runs[name].append({"init_seconds": trainer.init_seconds_, "steps": trainer.history_[1:]})
-            residual = trainer.residual_
-            if name == "lazy" and not residual <= 1e-9:
-                raise SystemExit(f"lazy stopped at a residual of {residual} at n = {n}, width {width}")
-            del trainer
-            progress.add(n * d * width, f"n = {n}, width = {width}: {name}")
-        if plain:
-            for name, seconds in plain.time().items():
+        for (n, d, width, methods), cell in zip(cells, found, strict=True):
+            runs, (X, y) = cell["methods"], random_unit_data(n, d)
+            for name in methods:
+                time.sleep(0.05)  # until the idle threads of the method before no longer spin on the cores
+                trainer = train(name, X, y, width)
+                if turn > 0:  # the first turn is a warm-up
+                    runs[name].append({"init_seconds": trainer.init_seconds_, "steps": trainer.history_[1:]})
+                residual = trainer.residual_
+                if name == "lazy" and not residual <= 1e-9:
+                    raise SystemExit(f"lazy stopped at a residual of {residual} at n = {n}, width {width}")
+                del trainer
+                progress.add(n * d * width, f"n = {n}, width = {width}: {name}")
+            if with_numpy:
                 if turn > 0:
-                    runs.setdefault(name, []).append({"steps": [{"seconds": seconds}]})
-            progress.add(2 * n * d * width, f"n = {n}, width = {width}: plain NumPy")
-    return {"n": n, "d": d, "width": width, "methods": runs}
+                    for name, seconds in numpy_seconds(X, y, width).items():
+                        runs.setdefault(name, []).append({"steps": [{"seconds": seconds}]})
+                progress.add(2 * n * d * width, f"n = {n}, width = {width}: plain NumPy")
+    return found
 
 
 def compile_seconds():
@@ -278,8 +278,8 @@ def measure_scaling(quick):
         check_agreement(*random_unit_data(n, d), width)
     work = sum(n * d * width * len(methods_at(width)) for width in widths) + sum(4 * n * d * width for n, d, width in cases)
     progress = Progress((repeats + 1) * work)
-    sweep = [measure_steps(n, d, width, methods_at(width), repeats, progress) for width in widths]
-    compared = [measure_steps(*case, ("lazy", "dense"), repeats, progress, with_numpy=True) for case in cases]
+    sweep = measure_steps([(n, d, width, methods_at(width)) for width in widths], repeats, progress)
+    compared = measure_steps([(*case, ("lazy", "dense")) for case in cases], repeats, progress, with_numpy=True)
     data = {"environment": environment(), "dtype": "float32", "sweep": sweep, "cases": compared}
     data["drawing"] = drawing_seconds(32, 1 << (14 if quick else 22))
     if not quick:
