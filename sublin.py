@@ -1573,8 +1573,8 @@ def _regression_tolerance(X, shift):
 # limit is reached.
 
 # Margins are MARGIN times the movement expected of products by the end of training. Means over the steps of a run with 1.2,
-# 1.4, 1.6: 5.9, 3.9, 3.7 ms at n = 64, m = 2^20; with 1.35, 1.45, 1.6: 176, 138, 130 ms at n = 1024, m = 2^18, where
-# initialisation takes 0.9, 1.0, 1.1 s. Below 1.4 rows are made anew by the thousand.
+# 1.4, 1.6: 4.7, 2.4, 2.3 ms at n = 64, m = 2^20; with 1.35, 1.45, 1.6: 146, 109, 98 ms at n = 1024, m = 2^18, where
+# initialisation takes 1.0, 1.2, 1.4 s. Below 1.4 rows are made anew by the thousand.
 MARGIN = 1.6
 
 # Rows that are made anew get a margin WIDER times as wide as is needed: 200 of them take 5 ms with 1.25 and 13 ms with 2 at
