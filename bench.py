@@ -185,24 +185,23 @@ def measure_steps(cells, repeats, progress, with_numpy=False):
     spoils one of them, and not the median.
     """
     found = [{"n": n, "d": d, "width": width, "methods": {name: [] for name in methods}} for n, d, width, methods in cells]
-    for turn in range(repeats + 1):
-        for (n, d, width, methods), cell in zip(cells, found, strict=True):
-            runs, (X, y) = cell["methods"], random_unit_data(n, d)
-            for name in methods:
-                time.sleep(0.05)  # until the idle threads of the method before no longer spin on the cores
-                trainer = train(name, X, y, width)
-                if turn > 0:  # the first turn is a warm-up
-                    runs[name].append({"init_seconds": trainer.init_seconds_, "steps": trainer.history_[1:]})
-                residual = trainer.residual_
-                if name == "lazy" and not residual <= 1e-9:
-                    raise SystemExit(f"lazy stopped at a residual of {residual} at n = {n}, width {width}")
-                del trainer
-                progress.add(n * d * width, f"n = {n}, width = {width}: {name}")
-            if with_numpy:
-                if turn > 0:
-                    for name, seconds in numpy_seconds(X, y, width).items():
-                        runs.setdefault(name, []).append({"steps": [{"seconds": seconds}]})
-                progress.add(2 * n * d * width, f"n = {n}, width = {width}: plain NumPy")
+    for turn, ((n, d, width, methods), cell) in product(range(repeats + 1), zip(cells, found, strict=True)):
+        runs, (X, y) = cell["methods"], random_unit_data(n, d)
+        for name in methods:
+            time.sleep(0.05)  # until the idle threads of the method before no longer spin on the cores
+            trainer = train(name, X, y, width)
+            if turn > 0:  # the first turn is a warm-up
+                runs[name].append({"init_seconds": trainer.init_seconds_, "steps": trainer.history_[1:]})
+            residual = trainer.residual_
+            if name == "lazy" and not residual <= 1e-9:
+                raise SystemExit(f"lazy stopped at a residual of {residual} at n = {n}, width {width}")
+            del trainer
+            progress.add(n * d * width, f"n = {n}, width = {width}: {name}")
+        if with_numpy:
+            if turn > 0:
+                for name, seconds in numpy_seconds(X, y, width).items():
+                    runs.setdefault(name, []).append({"steps": [{"seconds": seconds}]})
+            progress.add(2 * n * d * width, f"n = {n}, width = {width}: plain NumPy")
     return found
 
 
