@@ -1755,8 +1755,8 @@ class _Tree(_Scan):
 # Nor need the travel be computed in every step. It grows by at most |act(r)| times what D, the sum
 # of max_i |g_i| / sqrt(m) over the steps, does. So D + slack / |act(r)| is a *certificate*: before
 # D has come that far nobody need think of the neuron. A neuron whose certificate ran out gets
-# another one if its travel is still below its slack, and is looked at otherwise. For example, with b = 2,
-# cross = 0.5 and a margin of 1,
+# another one if its travel is still below its slack, and is looked at otherwise. For example, with
+# b = 2, cross = 0.5 and a margin of 1,
 #
 #                      active       not active         not in the row
 #     points           3     1   |  0     2            4 5 6 7
@@ -1923,9 +1923,27 @@ def _swap(points, products, e, f):
 
 
 @njit(inline="always")
-def _write_flip(flips, found, q, point, sign):
-    flip = flips[found]
-    flip["neuron"], flip["point"], flip["sign"] = q, point, sign
+def _flip(points, products, first, size, k, scale, shift, q, flips, found, sums):
+    """Flips the pairs of a row that have crossed b, writes them down and adds to sums what they
+    change of the outputs; returns how many pairs are active now, and how many flips are written."""
+    e, end = first, first + k
+    while e < first + k:
+        excess = products[e] - shift
+        if excess >= 0.0:
+            e += 1
+            continue
+        sums[points[e]] += scale * excess
+        flips[found]["neuron"], flips[found]["point"], flips[found]["sign"] = q, points[e], -1
+        found, k = found + 1, k - 1
+        _swap(points, products, e, first + k)
+    for e in range(end, first + size):
+        excess = products[e] - shift
+        if excess >= 0.0:
+            sums[points[e]] -= scale * excess
+            flips[found]["neuron"], flips[found]["point"], flips[found]["sign"] = q, points[e], 1
+            _swap(points, products, e, first + k)
+            found, k = found + 1, k + 1
+    return k, found
 
 
 @njit(inline="always")
@@ -1938,10 +1956,8 @@ def _slack_of_single(points, products, first, size, margin, XXt, cross, shift):
         rate, excess = XXt[i, points[e]], products[e] - shift
         way = abs(excess) / max(abs(rate), 1e-300)
         nears = (excess < 0.0) == (rate > 0.0)  # asleep and rising, or active and falling
-        along, against = (
-            min(along, way if nears else np.inf),
-            min(against, np.inf if nears else way),
-        )
+        along = min(along, way if nears else np.inf)
+        against = min(against, np.inf if nears else way)
     return along, against
 
 
@@ -1978,7 +1994,7 @@ def _certify(points, products, row, XXt, cross, longest, shift, distance):
 CAUTION = 1.0 - 1e-14
 
 # What the looks add up: neurons looked at, neurons that came to be active on some point less those
-# that ceased to, rows to be made complete, operations.
+# that ceased to, rows whose margins are used up, operations.
 LOOKED_AT, WOKEN, SHORT, OPERATIONS = range(4)
 
 
@@ -2050,33 +2066,21 @@ def _look(live, geometry, moments, edges, outputs, tally, flips, count, counts):
                 tally[chunk, OPERATIONS] += (k + size) * d
             row.margin -= min(cross * travel, longest * length) + ROUNDING * travel
             row.looked = now
-            begun, e = found, first
-            while e < first + k:
-                if products[e] >= shift:
-                    e += 1
-                    continue
-                outputs[chunk, points[e]] += scale * (products[e] - shift)
-                _write_flip(flips, found, q, points[e], -1)
-                found, k = found + 1, k - 1
-                _swap(points, products, e, first + k)
-            for e in range(first + row.active, first + size):
-                if products[e] >= shift:
-                    outputs[chunk, points[e]] -= scale * (products[e] - shift)
-                    _write_flip(flips, found, q, points[e], 1)
-                    _swap(points, products, e, first + k)
-                    found, k = found + 1, k + 1
+            begun = found
+            k, found = _flip(
+                points, products, first, size, k, scale, shift, q, flips, found, outputs[chunk]
+            )
+            if found > begun:
+                for e in range(k):
+                    firing[fire + e] = points[first + e]
+                for z in range(begun - first_flip, found - first_flip):
+                    groups[z, 0], groups[z, 1], groups[z, 2] = begun - first_flip, fire, fire + k
+                fire += k
             tally[chunk, LOOKED_AT] += 1
             tally[chunk, WOKEN] += int(k > 0) - int(row.active > 0)
             tally[chunk, SHORT] += row.margin < 0.0
             tally[chunk, OPERATIONS] += size + (found - begun) * k
             row.active = k
-            if found > begun:
-                for e in range(first, first + k):
-                    firing[fire + e - first] = points[e]
-                for z in range(begun, found):
-                    group = groups[z - first_flip]
-                    group[0], group[1], group[2] = begun - first_flip, fire, fire + k
-                fire += k
             certificates[q] = _certify(points, products, row, XXt, cross, longest, shift, distance)
         _count_flips(flips[first_flip:found], groups, firing, counts)
     count[0] = found
@@ -2110,13 +2114,9 @@ def _add_active_outputs(live, geometry, moments, edges, outputs):
     for chunk in range(edges.size - 1):
         for q in range(edges[chunk], edges[chunk + 1]):
             row = rows[q]
-            first, k, scale, then = (
-                row.start & NOT_NEGATIVE,
-                row.active,
-                -unit * row.sign,
-                row.looked,
-            )
-            _travel(points, first, k, scale, sums, then - first_moment, now - first_moment, factors)
+            first, k, scale = row.start & NOT_NEGATIVE, row.active, -unit * row.sign
+            then = row.looked - first_moment
+            _travel(points, first, k, scale, sums, then, now - first_moment, factors)
             for a in range(k):
                 moved[a] = products[first + a]
             if _through_gram(k, k, d, entry):
@@ -2494,10 +2494,8 @@ class _Lazy(_Search):
             _, pairs = _ranges(rows["start"], rows["start"] + rows["count"])
             least = np.minimum.reduceat(self._live.products[pairs], ends - rows["count"])
             margins = np.maximum(self._margin, WIDER * (self.shift - least))
-            active, (offsets, points) = (
-                np.zeros(products.shape, bool),
-                _active_pairs(self._live, neurons),
-            )
+            offsets, points = _active_pairs(self._live, neurons)
+            active = np.zeros(products.shape, bool)
             active[np.repeat(np.arange(neurons.size), np.diff(offsets)), points] = True
             self._place(neurons, products, active, margins)
             self.operations += products.size * self.X.shape[1]
@@ -2525,9 +2523,8 @@ class _Lazy(_Search):
         return active._replace(neurons=self.live[order[active.neurons]])
 
     def _weights(self, neurons):
-        drawn = np.minimum(
-            neurons, self._n_drawn
-        )  # whose vectors are shared; others have their own
+        # Vectors of neurons that were drawn are shared; others have one each.
+        drawn = np.minimum(neurons, self._n_drawn)
         start = self._vectors[drawn // max(1, self._copies) + (neurons - drawn)].astype(float)
         pairs = _active_pairs(self._live, neurons)
         gamma = self._ledger.gamma(neurons, *pairs, self._sums)

@@ -1,6 +1,8 @@
-"""Tests of sublin against slow twins in plain float64 NumPy.
+"""Tests of sublin, section by section in the order of the module, then of bench.py.
 
-Tests marked `core` are small enough to run interpreted, and are the ones to repeat with bounds checks:
+What a network computes is compared with `sublin.reference`, one dense Gauss-Newton step, and that,
+in the first section, with the definition. Tests marked `core` are small enough to run interpreted,
+and are the ones to repeat with bounds checks:
 
     NUMBA_DISABLE_JIT=1 python -m pytest -m core
     NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=.boundscheck python -m pytest -m core
@@ -10,15 +12,15 @@ import json
 import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import time
 import tracemalloc
 import types
 import warnings
-from itertools import pairwise
+from itertools import count, pairwise, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -46,6 +48,7 @@ from sublin import (
     default_shift,
     gaussian_sketch,
     ntk_eigenvalue_bounds,
+    reference,
     separability,
     shifted_ntk,
     smallest_ntk_eigenvalue,
@@ -55,16 +58,21 @@ from sublin import (
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.filterwarnings("ignore:relative residual")  # many fits stop early on purpose
+# Many fits stop early on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:relative residual")
 core = pytest.mark.core
 
 SEARCHES = ("dense", "scan", "tree", "lazy")
 SOLVERS = ("cholesky", "sketch", "richardson", "cg", "gradient")
-SKETCHES = (gaussian_sketch, srht_sketch, sparse_sign_sketch)
+searches = pytest.mark.parametrize("search", SEARCHES)
+solvers = pytest.mark.parametrize("solver", SOLVERS)
+inits = pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
+thorough = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
-# ======================================================================================================================
-# Slow twins
-# ======================================================================================================================
+
+# ==================================================================================================
+# Problems, and what is known of them
+# ==================================================================================================
 
 
 def unit_rows(X):
@@ -77,53 +85,66 @@ def problem(n, d, seed=0):
     return unit_rows(rng.standard_normal((n, d))), rng.standard_normal(n)
 
 
-def dense_outputs(X, W, signs, shift):
-    """f (n,) = m^(-1/2) sum_r a_r (<w_r, x> - b)_+."""
-    return np.maximum(X @ W.T - shift, 0.0) @ signs / np.sqrt(len(W))
+class Net(NamedTuple):
+    """A network, and the points that it is looked at."""
 
+    X: np.ndarray
+    W: np.ndarray
+    signs: np.ndarray
+    shift: float
 
-def dense_jacobian(X, active, signs):
-    """J (n, m d) from the mask of active pairs (n, m)."""
-    return np.einsum("ir,r,ik->irk", active, signs / np.sqrt(signs.size), X).reshape(len(X), -1)
+    @classmethod
+    def drawn(cls, n, d, m, shift, seed=0):
+        rng = np.random.default_rng(seed + 1000)
+        W, signs = rng.standard_normal((m, d)), rng.choice([-1.0, 1.0], m)
+        return cls(problem(n, d, seed)[0], W, signs, shift)
+
+    @classmethod
+    def of(cls, trainer, X):
+        """As a trainer has left it."""
+        return cls(X, trainer.weights(), trainer.signs_.astype(float), trainer.shift_)
+
+    @property
+    def active(self):
+        """Which neurons are active on which points (n, m)."""
+        return self.X @ self.W.T >= self.shift
+
+    @property
+    def outputs(self):
+        # With damping, since the Gram matrix of some is singular; outputs do not depend on it.
+        return reference(self.X, np.zeros(len(self.X)), *self[1:], damping=1.0)[0]
+
+    def residual(self, y):
+        return np.linalg.norm(self.outputs - y) / np.linalg.norm(y)
+
+    @property
+    def jacobian(self):
+        return SparseJacobian(self.X, self.signs, *csr_of(self.active))
+
+    @property
+    def dense_jacobian(self):
+        """J (n, m d)."""
+        scaled = self.signs / np.sqrt(self.signs.size)
+        return np.einsum("ir,r,ik->irk", self.active, scaled, self.X).reshape(len(self.X), -1)
+
+    def steps(self, y, count, damping=0.0, gradient=False):
+        """This network and those after each of `count` steps of the reference, or of gradient
+        descent at the rate 1 / ||G||."""
+        rate = gradient and 1.0 / np.linalg.norm(self.dense_jacobian, 2) ** 2
+        networks = [self]
+        for _ in range(count):
+            net = networks[-1]
+            if gradient:
+                W = net.W - rate * (net.dense_jacobian.T @ (net.outputs - y)).reshape(net.W.shape)
+            else:
+                *_, W = reference(net.X, y, *net[1:], damping)
+            networks.append(net._replace(W=W))
+        return networks
 
 
 def csr_of(active):
     """(indptr, indices) of a mask (n, m)."""
     return np.append(0, active.sum(axis=1).cumsum()), np.nonzero(active)[1]
-
-
-def sparse_jacobian(X, active, signs):
-    return SparseJacobian(X, signs, *csr_of(active))
-
-
-def dense_training(X, y, W, signs, shift, steps, damping=0.0, gradient=False):
-    """Gauss-Newton or gradient descent: yields (relative residual, W) for the start and after each step."""
-    W, rate = W.copy(), None
-    for step in range(steps + 1):
-        residual = dense_outputs(X, W, signs, shift) - y
-        yield np.linalg.norm(residual) / np.linalg.norm(y), W.copy()
-        if step == steps:
-            return
-        J = dense_jacobian(X, X @ W.T >= shift, signs)
-        G = J @ J.T + damping * np.eye(len(X))
-        if gradient:
-            rate = rate or 1.0 / np.linalg.eigvalsh(J @ J.T)[-1]
-            g = rate * residual
-        else:
-            g = np.linalg.solve(G, residual)
-        W -= (J.T @ g).reshape(W.shape)
-
-
-def trainer(width=512, **options):
-    """A trainer on data as they are, from seed 0, that takes pure steps."""
-    options = {"normalize": None, "random_state": 0, "tol": 1e-9, "damping": 0.0, **options}
-    return SublinearTrainer(width, **options)
-
-
-def start(X, y, width, **options):
-    """(W(0), signs, shift) of a network."""
-    fitted = trainer(width, **{**options, "max_iter": 0}).fit(X, y)
-    return fitted.weights(), fitted.signs_.astype(float), fitted.shift_
 
 
 def assert_same_pairs(found, active):
@@ -133,15 +154,303 @@ def assert_same_pairs(found, active):
         np.testing.assert_array_equal(array, expected)
 
 
-def residuals_of(fitted):
-    return np.array([record["residual"] for record in fitted.history_])
+def assert_all_equal(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
-# ======================================================================================================================
+def trainer(width=512, **options):
+    """A trainer on data as they are, from seed 0, that takes pure steps."""
+    options = {"normalize": None, "random_state": 0, "tol": 1e-9, "damping": 0.0, **options}
+    return SublinearTrainer(width, **options)
+
+
+def start(X, y, width, **options):
+    """The network before training."""
+    return Net.of(trainer(width, **{**options, "max_iter": 0}).fit(X, y), X)
+
+
+def values_of(fitted, key="residual"):
+    """Of a key of history_, by step."""
+    return np.array([record[key] for record in fitted.history_])
+
+
+def with_threads(make):
+    """What `make` returns with one thread, and with all there are."""
+    most, found = numba.get_num_threads(), []
+    for threads in (1, most):
+        numba.set_num_threads(threads)
+        try:
+            found.append(make())
+        finally:
+            numba.set_num_threads(most)
+    return found
+
+
+def printed_by(code, *arguments, warn="ignore"):
+    """What a new process prints, which must not fail."""
+    run = [sys.executable, "-W", warn, "-c", code, *arguments]
+    options = {"cwd": HERE, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(run, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+REGIMES = {
+    "few active": Net.drawn(5, 4, 40, 1.5),
+    "more points than neurons": Net.drawn(20, 3, 6, 0.5),
+    "coinciding points": Net.drawn(6, 4, 30, 1.0)._replace(X=problem(3, 4)[0][[0, 1, 2, 0, 1, 2]]),
+    "all active": Net.drawn(5, 3, 12, -20.0),
+    "none active": Net.drawn(5, 3, 12, 20.0),
+    "neurons on more than d points and on fewer": Net.drawn(12, 2, 20, 0.8),
+    "one of everything": Net.drawn(1, 1, 1, -9.0),
+}
+regimes = pytest.mark.parametrize("net", REGIMES.values(), ids=REGIMES)
+
+
+@core
+def test_regimes_are_what_they_say():
+    active_on = REGIMES["neurons on more than d points and on fewer"].active.sum(axis=0)
+    assert (active_on > 2).any() and ((active_on > 0) & (active_on <= 2)).any()
+    assert REGIMES["all active"].active.all() and not REGIMES["none active"].active.any()
+    assert 0 < REGIMES["few active"].active.mean() < 0.2
+
+
+# ==================================================================================================
+# Reference: the definition
+# ==================================================================================================
+
+
+@core
+@regimes
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_reference_is_the_definition_with_an_explicit_jacobian(net, damping):
+    X, W, signs, shift = net
+    y, (m, d) = np.arange(1.0, len(X) + 1), W.shape
+    outputs, J = np.zeros(len(X)), np.zeros((len(X), m * d))
+    for i, r in np.ndindex(len(X), m):
+        z = sum(X[i, k] * W[r, k] for k in range(d))
+        if z >= shift:
+            outputs[i] += signs[r] * (z - shift) / np.sqrt(m)
+            J[i, r * d : (r + 1) * d] = signs[r] * X[i] / np.sqrt(m)
+    system = J @ J.T + damping * np.eye(len(X))
+    if np.linalg.matrix_rank(system) < len(X):
+        return  # what the reference returns then is no step
+    f, G, g, W_next = reference(X, y, W, signs, shift, damping)
+    np.testing.assert_allclose(f, outputs, atol=1e-13)
+    np.testing.assert_allclose(G, J @ J.T, atol=1e-13)
+    np.testing.assert_allclose(system @ g, outputs - y, atol=1e-9)
+    np.testing.assert_allclose(W_next.ravel(), W.ravel() - J.T @ g, atol=1e-12 * np.abs(g).max())
+    np.testing.assert_allclose(net.dense_jacobian, J, rtol=1e-15)
+
+
+@core
+@regimes
+def test_the_jacobian_is_the_derivative_of_the_references_outputs(net):
+    h = 0.5 * np.abs(net.X @ net.W.T - net.shift).min()  # up to there f is linear in the weights
+    assert h > 1e-5
+    for k in range(net.W.size):
+        step = h * np.eye(1, net.W.size, k).reshape(net.W.shape)
+        up, down = (net._replace(W=net.W + sign * step).outputs for sign in (1, -1))
+        np.testing.assert_allclose((up - down) / (2 * h), net.dense_jacobian[:, k], atol=1e-8)
+
+
+@core
+def test_reference_keeps_float32_and_leaves_its_inputs_alone():
+    X, W, signs, shift = Net.drawn(6, 5, 300, 0.5)
+    y = np.arange(6.0)
+    expected = reference(X, y, W, signs, shift, 0.1)
+    single = [np.float32(array) for array in (X, y, W, signs)]
+    copies = [array.copy() for array in single]
+    found = reference(*single, shift, 0.1)
+    assert_all_equal(single, copies)
+    assert [array.dtype for array in found] == ["float32", "float32", "float64", "float32"]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+# ==================================================================================================
+# Problem: the threshold, the data, and the kernel of infinite width
+# ==================================================================================================
+
+
+@core
+def test_default_shift_is_that_of_theorem_g2():
+    assert default_shift(65536) == pytest.approx(np.sqrt(0.48 * np.log(65536)))
+    assert default_shift(65536) == pytest.approx(2.307243, abs=1e-6)
+    assert default_shift(100, alpha=0.0) == pytest.approx(np.sqrt(0.5 * np.log(100)))
+    assert default_shift(1) == 0.0
+    for width, alpha in product((2, 100, 10**6), (0.0, 0.04, 0.9)):
+        assert norm.sf(default_shift(width, alpha)) <= width ** (-(1 - alpha) / 4)
+    assert start(*problem(3, 3), 300, alpha=0.3).shift == default_shift(300, 0.3)
+
+
+@core
+def test_separability_equals_brute_force():
+    X, _ = problem(9, 3)
+    pairs = [(i, j) for i in range(9) for j in range(i)]
+    expected = min(np.linalg.norm(X[i] + sign * X[j]) for i, j in pairs for sign in (-1, 1))
+    assert separability(X) == pytest.approx(expected, rel=1e-14)
+
+
+@core
+def test_separability_of_close_coinciding_opposite_and_single_points():
+    x = np.array([0.6, 0.8])
+    nearby = unit_rows([[0.6 + 1e-11, 0.8]])[0]
+    assert separability([x, nearby]) == pytest.approx(np.linalg.norm(x - nearby), rel=1e-12)
+    assert 0 < separability([x, nearby]) < 1e-11
+    assert separability([x, [1.0, 0.0], x]) == separability([x, [1.0, 0.0], -x]) == 0.0
+    assert separability([x]) == np.inf
+
+
+@core
+@pytest.mark.parametrize("shift", [-1.3, 0.0, 0.7, 2.0])
+def test_shifted_ntk_equals_the_normal_probabilities_of_scipy(shift):
+    X, _ = problem(5, 3)
+    H = shifted_ntk(X, shift)
+    for i in range(5):
+        for j in range(i):
+            rho = X[i] @ X[j]
+            both = multivariate_normal.cdf([-shift, -shift], cov=[[1, rho], [rho, 1]])
+            assert H[i, j] == pytest.approx(rho * both, abs=1e-7)
+    np.testing.assert_allclose(np.diag(H), norm.sf(shift), rtol=1e-13)
+    np.testing.assert_allclose(H, H.T, rtol=0, atol=1e-15)
+
+
+@core
+@pytest.mark.parametrize("shift", [-0.8, 0.0, 0.8])
+def test_shifted_ntk_of_coinciding_opposite_and_orthogonal_points(shift):
+    H = shifted_ntk(np.array([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), shift)
+    alone = norm.sf(shift)
+    opposite = max(0.0, norm.cdf(-shift) - norm.cdf(shift))  # P(shift <= Z <= -shift)
+    np.testing.assert_allclose(H[0], [alone, alone, -opposite, 0.0], atol=1e-14)
+
+
+def test_shifted_ntk_is_the_mean_gram_matrix_of_wide_networks():
+    width = 200_000
+    net = start(*problem(5, 4), width, init="gaussian", shift=0.9)
+    G = reference(net.X, np.ones(5), *net[1:])[1]
+    # A mean of indicators has a deviation of at most 1/2.
+    assert np.abs(G - shifted_ntk(net.X, 0.9)).max() < 5 * 0.5 / np.sqrt(width)
+    np.testing.assert_allclose(net.jacobian.gram(), G, atol=1e-13)
+
+
+@core
+@pytest.mark.parametrize("shift", [-0.8, 0.0, 1.5])
+def test_smallest_ntk_eigenvalue_of_orthogonal_coinciding_and_close_points(shift):
+    assert smallest_ntk_eigenvalue(np.eye(4), shift) == pytest.approx(norm.sf(shift), rel=1e-13)
+    assert abs(smallest_ntk_eigenvalue(np.ones((3, 1)), shift)) < 1e-14
+    rho = np.cos(0.1)
+    both = multivariate_normal.cdf([-shift, -shift], cov=[[1, rho], [rho, 1]])
+    found = smallest_ntk_eigenvalue(np.array([[1.0, 0.0], [rho, np.sin(0.1)]]), shift)
+    assert found == pytest.approx(norm.sf(shift) - rho * both, abs=1e-6)
+
+
+@core
+def test_ntk_eigenvalue_bounds_are_those_of_theorem_2_13():
+    low, high = ntk_eigenvalue_bounds(np.eye(5), 1.2)
+    assert high == pytest.approx(np.exp(-0.72))
+    assert low == pytest.approx(np.exp(-0.72) * np.sqrt(2) / 2500)
+    assert ntk_eigenvalue_bounds([[1.0, 0.0], [-1.0, 0.0]], 0.0) == (0.0, 1.0)
+
+
+# ==================================================================================================
+# Starting weights
+# ==================================================================================================
+
+
+@core
+@inits
+def test_starting_weights_are_philox_keyed_by_seed_and_block_and_signs_a_stream_of_their_own(init):
+    seed, width = 7, sublin.BLOCK + 6
+
+    def philox(block, stream):
+        key = np.array([seed, block], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
+
+    net = start(*problem(2, 3), width, init=init, random_state=seed)
+    for block, neurons in ((0, sublin.BLOCK), (1, 6)):
+        rows = slice(block * sublin.BLOCK, block * sublin.BLOCK + neurons)
+        draws = neurons if init == "gaussian" else neurons // 2
+        normals = philox(block, 0).standard_normal((draws, 3), dtype=np.float32)
+        signs = 2 * philox(block, 1).integers(0, 2, neurons, np.int8) - 1
+        signs = [1, -1] * draws if init == "antisymmetric" else signs
+        np.testing.assert_array_equal(net.W[rows], np.repeat(normals, neurons // draws, axis=0))
+        np.testing.assert_array_equal(net.signs[rows], signs)
+
+
+@core
+def test_starting_weights_depend_on_seed_and_width_alone():
+    expected = start(*problem(4, 3), 100)
+    for search, solver, dtype in product(SEARCHES, SOLVERS, ("float32", "float64")):
+        options = {"search": search, "solver": solver, "dtype": dtype, "shift": 0.1}
+        found = start(*problem(5, 3, seed=1), 100, **options)
+        assert_all_equal(found[1:3], expected[1:3])
+    assert not np.array_equal(start(*problem(4, 3), 100, random_state=1).W, expected.W)
+
+
+@core
+@inits
+def test_a_wider_network_extends_a_narrower_one(init):
+    narrow, wide = (start(*problem(4, 3), width, init=init) for width in (50, 80))
+    assert_all_equal((wide.W[:50], wide.signs[:50]), narrow[1:3])
+
+
+@core
+def test_antisymmetric_start_is_pairs_of_opposite_sign_and_output_zero():
+    X, y = problem(4, 3)
+    fitted = trainer(300, max_iter=0).fit(X, y)
+    net = Net.of(fitted, X)
+    np.testing.assert_array_equal(net.W[::2], net.W[1::2])
+    np.testing.assert_array_equal(net.signs, np.tile([1, -1], 150))
+    np.testing.assert_allclose(fitted.predict(problem(9, 3, seed=4)[0]), 0.0, atol=1e-14)
+    assert fitted.residual_ == 1.0
+
+
+@core
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda: 3,
+        lambda: np.int64(3),
+        lambda: np.random.RandomState(3),
+        lambda: np.random.default_rng(3),
+        lambda: np.random.seed(3) or np.random,  # noqa: NPY002
+    ],
+)
+def test_same_random_state_gives_the_same_bits(state):
+    X, y = problem(4, 3)
+    first, second = (trainer(200, random_state=state(), max_iter=3).fit(X, y) for _ in range(2))
+    np.testing.assert_array_equal(first.weights(), second.weights())
+    np.testing.assert_array_equal(values_of(first), values_of(second))
+
+
+@core
+def test_a_generator_moves_on_and_none_is_new_every_time():
+    for state in (np.random.default_rng(3), np.random.RandomState(3), None):
+        first, second = (start(*problem(4, 3), 20, random_state=state).W for _ in range(2))
+        assert not np.array_equal(first, second)
+
+
+@inits
+def test_nothing_of_the_size_of_the_weights_is_held(init):
+    X, y = problem(4, 32)
+    trainer(1 << 12, init=init).fit(X, y).predict(X)  # compiles
+    tracemalloc.start()
+    try:
+        trainer(1 << 19, init=init).fit(X, y).predict(X)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.6 * (1 << 19) * 32 * 4
+
+
+# ==================================================================================================
 # Trees
-# ======================================================================================================================
+# ==================================================================================================
 
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 255, 256, 257, 1023, 1024, 1025)
+sizes = pytest.mark.parametrize("m", SIZES)
 
 
 def integers(rng, *shape, dtype=float):
@@ -150,58 +459,61 @@ def integers(rng, *shape, dtype=float):
 
 
 def threshold(rng):
-    return rng.choice([-np.inf, np.inf, rng.integers(-12, 13), rng.integers(-12, 13) + 0.5, rng.normal(0, 4)])
-
-
-def height(trees):
-    return len(trees._levels) - 1
+    whole = rng.integers(-12, 13)
+    return rng.choice([-np.inf, np.inf, whole, whole + 0.5, rng.normal(0, 4)])
 
 
 class Touched:
-    """Nodes touched since the last call."""
+    """Nodes touched since the last call, and bounds on them."""
 
     def __init__(self, trees):
         self.trees, self.before = trees, trees.touched
+        self.height = len(trees._levels) - 1
+        self.of_query = sublin.FAN_OUT * self.height  # for each reported leaf, or for none at all
+        self.of_update = len(trees.X) * (1 + (sublin.FAN_OUT + 1) * (self.height - 1))
 
     def __call__(self):
-        count, self.before = self.trees.touched - self.before, self.trees.touched
-        return count
+        found, self.before = self.trees.touched - self.before, self.trees.touched
+        return found
 
 
 def apply(operation, trees, W, rng):
-    """One operation on the trees and on the twin W; checks the answer and the number of nodes touched."""
+    """One operation on the trees and on W; checks the answer and the number of nodes touched."""
     n, m, touched = len(trees.X), len(W), Touched(trees)
     if operation == "query":
         i, tau = int(rng.integers(n)), threshold(rng)
         found = trees.query(i, tau)
         assert found.dtype == np.int64
-        np.testing.assert_array_equal(found, np.flatnonzero((W @ trees.X[i] >= tau) & (tau < np.inf)))
-        assert touched() <= sublin.FAN_OUT * height(trees) * max(1, found.size)
+        expected = np.flatnonzero((W @ trees.X[i] >= tau) & (tau < np.inf))
+        np.testing.assert_array_equal(found, expected)
+        assert touched() <= touched.of_query * max(1, found.size)
     elif operation == "query_all":
         tau = threshold(rng)
         active = (trees.X @ W.T >= tau) & (tau < np.inf)
         assert_same_pairs(trees.query_all(tau), active)
-        assert touched() <= n * sublin.FAN_OUT * height(trees) * max(1, active.any(axis=0).sum())
+        assert touched() <= n * touched.of_query * max(1, active.any(axis=0).sum())
     elif operation == "update":
         j, w = int(rng.integers(m)), integers(rng, W.shape[1])
         trees.update(j, w)
         W[j] = w
-        assert touched() <= n * (1 + (sublin.FAN_OUT + 1) * (height(trees) - 1))
+        assert touched() <= touched.of_update
     else:
         js = rng.permutation(m)[: rng.integers(1, m + 1)]
         trees.update_many(js, W_new := integers(rng, js.size, W.shape[1]))
         W[js] = W_new
-        assert touched() <= js.size * n * (1 + (sublin.FAN_OUT + 1) * (height(trees) - 1))
+        assert touched() <= js.size * touched.of_update
 
 
 @core
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(thorough, max_examples=150)
 @given(
     m=st.sampled_from(SIZES),
     n=st.integers(1, 6),
     dtype=st.sampled_from(["float32", "float64"]),
     seed=st.integers(0, 2**32),
-    operations=st.lists(st.sampled_from(["query", "query_all", "update", "update_many"]), max_size=12),
+    operations=st.lists(
+        st.sampled_from(["query", "query_all", "update", "update_many"]), max_size=12
+    ),
 )
 def test_trees_answer_as_brute_force_after_random_operations(m, n, dtype, seed, operations):
     rng = np.random.default_rng(seed)
@@ -215,22 +527,15 @@ def test_trees_answer_as_brute_force_after_random_operations(m, n, dtype, seed, 
 
 
 @core
-@pytest.mark.parametrize("m", SIZES)
-def test_query_that_reports_nothing_touches_one_group_of_siblings(m):
-    trees = MaxTrees(np.ones((1, 1)), np.ones((m, 1)))
-    touched = Touched(trees)
-    assert trees.query(0, 2.0).size == 0
-    assert touched() <= sublin.FAN_OUT
-
-
-@core
-@pytest.mark.parametrize("m", SIZES)
-def test_infinite_thresholds_report_all_or_nothing(m):
+@sizes
+def test_thresholds_report_all_or_nothing_and_nothing_touches_one_group_of_siblings(m):
     trees = MaxTrees(np.ones((2, 1)), -np.ones((m, 1)))
     np.testing.assert_array_equal(trees.query(1, -np.inf), np.arange(m))
-    assert trees.query(1, np.inf).size == 0
     assert_same_pairs(trees.query_all(-np.inf), np.ones((2, m), bool))
     assert_same_pairs(trees.query_all(np.inf), np.zeros((2, m), bool))
+    for tau in (-0.5, np.inf):
+        touched = Touched(trees)
+        assert trees.query(1, tau).size == 0 and touched() <= sublin.FAN_OUT
 
 
 @core
@@ -271,25 +576,21 @@ def test_trees_agree_with_products_of_real_weights():
 
 
 @core
-def test_trees_keep_their_own_copy_and_leave_inputs_alone():
+def test_trees_keep_their_own_copy_and_take_lists_and_read_only_arrays():
     rng = np.random.default_rng(0)
-    X, W, W_new, js = integers(rng, 3, 2), integers(rng, 9, 2), integers(rng, 3, 2), np.array([5, 0, 8])
-    copies = [array.copy() for array in (X, W, W_new, js)]
+    arrays = integers(rng, 3, 2), integers(rng, 9, 2), integers(rng, 3, 2), np.array([5, 0, 8])
+    of_lists = MaxTrees(arrays[0].tolist(), arrays[1].tolist())
+    for array in arrays:
+        array.setflags(write=False)
+    X, W, W_new, js = arrays
     trees = MaxTrees(X, W)
+    assert_all_equal(trees.query_all(1.0), of_lists.query_all(1.0))
     trees.update_many(js, W_new)
     trees.update(1, W_new[0])
-    for array, copy in zip((X, W, W_new, js), copies, strict=True):
-        np.testing.assert_array_equal(array, copy)
-    X[:], W[:], W_new[:] = 7, 7, 7
+    for array in arrays:
+        array.setflags(write=True)
+        array[:] = 7
     trees.check()
-
-
-@core
-def test_trees_take_read_only_arrays_and_lists():
-    X, W = np.ones((2, 2)), np.ones((20, 2))
-    X.setflags(write=False)
-    W.setflags(write=False)
-    np.testing.assert_array_equal(MaxTrees(X, W).query(0, 2.0), MaxTrees(X.tolist(), W.tolist()).query(0, 2.0))
 
 
 @core
@@ -306,8 +607,9 @@ def test_trees_take_read_only_arrays_and_lists():
         (335, "padding is not -inf"),
     ],
 )
-def test_check_notices_a_corrupted_node(row, message):
-    trees = MaxTrees(np.ones((2, 1)), np.ones((300, 1)))  # leaves 0-299, padding to 303, maxima 304-322, padding to 335
+def test_check_of_trees_notices_a_corrupted_node(row, message):
+    # Leaves are 0-299, padding goes to 303, maxima are 304-322, padding goes to 335.
+    trees = MaxTrees(np.ones((2, 1)), np.ones((300, 1)))
     trees.check()
     trees._rows[row, 1] = 5.0
     with pytest.raises(AssertionError, match=message):
@@ -315,18 +617,18 @@ def test_check_notices_a_corrupted_node(row, message):
 
 
 @core
-def test_update_many_touches_no_more_than_single_updates():
+@sizes
+def test_update_many_touches_no_more_than_single_updates(m):
     rng = np.random.default_rng(0)
-    for m in SIZES:
-        X, W = integers(rng, 3, 2), integers(rng, m, 2)
-        for count in {1, m // 2 + 1, m}:
-            js = rng.permutation(m)[:count]
-            together, singly = MaxTrees(X, W), MaxTrees(X, W)
-            touched_together, touched_singly = Touched(together), Touched(singly)
-            together.update_many(js, W[js])
-            for j in js:
-                singly.update(int(j), W[j])
-            assert touched_together() <= touched_singly()
+    X, W = integers(rng, 3, 2), integers(rng, m, 2)
+    for number in {1, m // 2 + 1, m}:
+        js = rng.permutation(m)[:number]
+        together, singly = MaxTrees(X, W), MaxTrees(X, W)
+        touched_together, touched_singly = Touched(together), Touched(singly)
+        together.update_many(js, W[js])
+        for j in js:
+            singly.update(int(j), W[j])
+        assert touched_together() <= touched_singly()
 
 
 @core
@@ -336,140 +638,114 @@ def test_memory_of_trees_is_within_a_fifth_of_the_products():
         assert trees._rows.size <= 1.2 * 2 * m
 
 
-# ======================================================================================================================
+@core
+@pytest.mark.parametrize("dtype, large", [("float64", np.nan), ("float32", 1e300)])
+def test_refused_updates_leave_the_trees_as_they_were(dtype, large):
+    held = MaxTrees(np.ones((2, 3), dtype), np.ones((20, 3), dtype))
+    message = r"out of range|must be|W_new has entries beyond the range of float32, up to 1e\+300"
+    for js, w in (([0, 20], [1.0] * 3), ([1, 1], [0.0] * 3), ([1], [large] * 3)):
+        with pytest.raises((ValueError, IndexError), match=message):
+            held.update_many(js, [w] * len(js))
+    np.testing.assert_array_equal(held.W, np.ones((20, 3)))
+    held.check()
+
+
+# ==================================================================================================
 # Jacobian
-# ======================================================================================================================
-
-
-def network(n, d, m, shift, coincide=False, seed=0):
-    """X, W, signs and the mask of active pairs (n, m)."""
-    rng = np.random.default_rng(seed)
-    X, W = unit_rows(rng.standard_normal((n, d))), rng.standard_normal((m, d))
-    if coincide:
-        X[n // 2 :] = X[: n - n // 2]
-    return X, W, rng.choice([-1.0, 1.0], m), X @ W.T >= shift, shift
-
-
-REGIMES = {
-    "few active": network(5, 4, 40, 1.5),
-    "more points than neurons": network(20, 3, 6, 0.5),
-    "coinciding points": network(6, 4, 30, 1.0, coincide=True),
-    "all active": network(5, 3, 12, -20.0),
-    "none active": network(5, 3, 12, 20.0),
-    "neurons on more than d points and on fewer": network(12, 2, 20, 0.8),
-    "one of everything": network(1, 1, 1, -9.0),
-}
-regimes = pytest.mark.parametrize("regime", REGIMES)
-
-
-@core
-def test_regimes_are_what_they_say():
-    active_on = REGIMES["neurons on more than d points and on fewer"][3].sum(axis=0)
-    assert (active_on > 2).any() and ((active_on > 0) & (active_on <= 2)).any()
-    assert REGIMES["all active"][3].all() and not REGIMES["none active"][3].any()
+# ==================================================================================================
 
 
 @core
 @regimes
-def test_products_with_the_jacobian_equal_those_of_the_dense_one(regime):
-    X, W, signs, active, _ = REGIMES[regime]
-    J, expected, rng = sparse_jacobian(X, active, signs), dense_jacobian(X, active, signs), np.random.default_rng(1)
-    u, U = rng.standard_normal(W.size), rng.standard_normal((W.size, 3))
-    v, V = rng.standard_normal(len(X)), rng.standard_normal((len(X), 3))
+def test_products_with_the_jacobian_equal_those_of_the_dense_one(net):
+    J, expected, rng = net.jacobian, net.dense_jacobian, np.random.default_rng(1)
+    u, U = rng.standard_normal(net.W.size), rng.standard_normal((net.W.size, 3))
+    v, V = rng.standard_normal(len(net.X)), rng.standard_normal((len(net.X), 3))
     assert J.shape == expected.shape and J.dtype == float
-    np.testing.assert_allclose(J.matvec(u), expected @ u, atol=1e-13)
-    np.testing.assert_allclose(J.matmat(U), expected @ U, atol=1e-13)
-    np.testing.assert_allclose(J @ U.astype(int), expected @ U.astype(int), atol=1e-13)
-    np.testing.assert_allclose(J.rmatvec(v), expected.T @ v, atol=1e-13)
-    np.testing.assert_allclose(J.T @ V, expected.T @ V, atol=1e-13)
-    np.testing.assert_allclose(J.H @ v[:, None], expected.T @ v[:, None], atol=1e-13)
+    for found, product_with in (
+        (J.matvec(u), expected @ u),
+        (J.matmat(U), expected @ U),
+        (J @ U.astype(int), expected @ U.astype(int)),
+        (J.rmatvec(v), expected.T @ v),
+        (J.T @ V, expected.T @ V),
+        (J.H @ v[:, None], expected.T @ v[:, None]),
+        (J.gram_times(v), expected @ (expected.T @ v)),
+        (J.gram(), expected @ expected.T),
+        (J.active_counts(), net.active.sum(axis=1)),
+    ):
+        np.testing.assert_allclose(found, product_with, atol=1e-13)
 
 
 @core
 @regimes
-def test_gram_and_csr_equal_those_of_the_dense_jacobian(regime):
-    X, _, signs, active, _ = REGIMES[regime]
-    J, expected, rng = sparse_jacobian(X, active, signs), dense_jacobian(X, active, signs), np.random.default_rng(1)
-    v = rng.standard_normal(len(X))
-    np.testing.assert_allclose(J.gram(), expected @ expected.T, atol=1e-13)
-    np.testing.assert_allclose(J.gram_times(v), expected @ (expected.T @ v), atol=1e-13)
-    csr = J.tocsr()
-    assert isinstance(csr, scipy.sparse.csr_matrix) and csr.nnz == active.sum() * X.shape[1]
-    assert csr.has_sorted_indices
+def test_csr_of_the_jacobian_equals_the_dense_one(net):
+    csr, expected = net.jacobian.tocsr(), net.dense_jacobian
+    assert isinstance(csr, scipy.sparse.csr_matrix) and csr.has_sorted_indices
+    assert csr.nnz == net.active.sum() * net.X.shape[1]
     np.testing.assert_array_equal(csr.toarray() != 0, expected != 0)
     np.testing.assert_allclose(csr.toarray(), expected, atol=1e-15)
 
 
 @core
-@regimes
-def test_jacobian_is_the_derivative_of_the_outputs_with_respect_to_the_weights(regime):
-    X, W, signs, active, shift = REGIMES[regime]
-    J = sparse_jacobian(X, active, signs).tocsr().toarray()
-    h = 0.5 * np.abs(X @ W.T - shift).min()  # no neuron changes state, so outputs are linear and differences exact
-    assert h > 1e-5
-    for k in range(W.size):
-        E = np.zeros(W.size)
-        E[k] = h
-        up, down = (dense_outputs(X, W + sign * E.reshape(W.shape), signs, shift) for sign in (1, -1))
-        np.testing.assert_allclose((up - down) / (2 * h), J[:, k], atol=1e-8)
+def test_jacobian_takes_active_neurons_in_any_order():
+    net = REGIMES["few active"]
+    indptr, indices = csr_of(net.active)
+    backwards = np.concatenate([indices[a:b][::-1] for a, b in pairwise(indptr)])
+    J = SparseJacobian(net.X, net.signs, indptr, backwards)
+    np.testing.assert_array_equal(J.tocsr().toarray(), net.dense_jacobian)
 
 
 @core
-def test_jacobian_takes_active_neurons_in_any_order():
-    X, _, signs, active, _ = REGIMES["few active"]
-    indptr, indices = csr_of(active)
-    backwards = np.concatenate([indices[a:b][::-1] for a, b in pairwise(indptr)])
-    np.testing.assert_array_equal(
-        SparseJacobian(X, signs, indptr, backwards).tocsr().toarray(), dense_jacobian(X, active, signs)
-    )
+@pytest.mark.parametrize("net", [*REGIMES.values(), Net.drawn(90, 4, 150, -1.0)])
+def test_shared_neurons_are_counted_alike_one_by_one_and_in_words(net):
+    sets, mask = net.jacobian.active, net.active[:, net.active.any(axis=0)].astype(int)
+    for low, high in ((0, mask.shape[1]), (min(3, mask.shape[1]), mask.shape[1]), (0, 0)):
+        for kernel in (sublin._count_pairwise, sublin._count_in_words):
+            counts = np.zeros((len(net.X), len(net.X)), np.int32)
+            kernel(sets, low, high, counts)
+            shared = mask[:, low:high] @ mask[:, low:high].T
+            np.testing.assert_array_equal(counts, np.tril(shared))
 
 
-def test_gram_equals_the_dense_one_when_counted_in_many_bands():
-    X, W, signs, active, _ = network(1100, 3, 50, 1.0)  # n^2 >> 18 is 4: more bands than threads
-    expected = (X @ X.T) * (active.astype(float) @ active.T) / len(W)
-    np.testing.assert_allclose(sparse_jacobian(X, active, signs).gram(), expected, atol=1e-12)
+def test_gram_of_many_points_equals_the_dense_one_for_any_number_of_threads():
+    for net in (Net.drawn(1100, 3, 50, 1.0), Net.drawn(300, 3, 3000, -2.0)):
+        expected = reference(net.X, np.ones(len(net.X)), *net[1:], damping=1.0)[1]
+        for found in with_threads(net.jacobian.gram):
+            np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Sketches
-# ======================================================================================================================
+# ==================================================================================================
 
-
-def distortion(J, sketched):
-    """Largest | |S J^T x|^2 / |J^T x|^2 - 1 | over x."""
-    L = np.linalg.cholesky(J.gram())
-    whitened = np.linalg.solve(L, sketched.T)
-    return np.abs(np.linalg.eigvalsh(whitened @ whitened.T) - 1).max()
+SKETCHES = (gaussian_sketch, srht_sketch, sparse_sign_sketch)
+sketches = pytest.mark.parametrize("sketch", SKETCHES)
 
 
 def prescribed_size(sketch, n, d, eps, delta):
-    """Size for a (1 +- eps) subspace embedding with probability 1 - delta, from the docstring of the sketch."""
+    """Size for a (1 +- eps) subspace embedding with probability 1 - delta, from its docstring."""
     if sketch is gaussian_sketch:
-        return int(np.ceil(((np.sqrt(n) + np.sqrt(2 * np.log(2 / delta))) / (np.sqrt(1 + eps) - 1)) ** 2))
-    if sketch is srht_sketch:  # Kronecker signs come without a bound; four times the rows of independent ones are ample
+        root = (np.sqrt(n) + np.sqrt(2 * np.log(2 / delta))) / (np.sqrt(1 + eps) - 1)
+        return int(np.ceil(root**2))
+    if sketch is srht_sketch:  # without a bound; four times the rows of independent signs are ample
         return int(np.ceil(4 * n * np.log(n / delta) ** 2 / eps**2))
     return 4 * int(np.ceil(max(d, 2 * n * (n + 1) / (eps**2 * delta) / 4)))
 
 
 def coherent_jacobian(n, d, m):
     """Every point is active on one neuron, the same for all."""
-    X, _ = problem(n, d)
-    active = np.zeros((n, m), bool)
-    active[:, m // 2] = True
-    return sparse_jacobian(X, active, np.ones(m))
+    indices = np.full(n, m // 2)
+    return SparseJacobian(problem(n, d)[0], np.ones(m), np.arange(n + 1), indices)
 
 
 def spread_jacobian(n, d, m):
-    X, _, signs, active, _ = network(n, d, m, 0.8)
-    return sparse_jacobian(X, active, signs)
+    return Net.drawn(n, d, m, 0.8).jacobian
 
 
 def one_hot_jacobian(d, m):
     """J^T sqrt(m) is the identity of order m d: its sketch is S / sqrt(m)."""
-    return SparseJacobian(np.tile(np.eye(d), (m, 1)), np.ones(m), np.arange(m * d + 1), np.repeat(np.arange(m), d))
-
-
-sketches = pytest.mark.parametrize("sketch", SKETCHES)
+    indices = np.repeat(np.arange(m), d)
+    return SparseJacobian(np.tile(np.eye(d), (m, 1)), np.ones(m), np.arange(m * d + 1), indices)
 
 
 @core
@@ -477,11 +753,11 @@ sketches = pytest.mark.parametrize("sketch", SKETCHES)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 13, 40])
 @pytest.mark.parametrize("d, m", [(1, 5), (3, 6), (4, 1)])
 def test_sketch_is_one_matrix_times_the_transposed_jacobian(sketch, size, d, m):
-    X, _, signs, active, _ = network(5, d, m, 0.3)
+    net = Net.drawn(5, d, m, 0.3)
     S = sketch(one_hot_jacobian(d, m), size, 7) * np.sqrt(m)
-    sketched = sketch(sparse_jacobian(X, active, signs), size, 7)
+    sketched = sketch(net.jacobian, size, 7)
     assert sketched.shape == (size, 5)
-    np.testing.assert_allclose(sketched, S @ dense_jacobian(X, active, signs).T, atol=1e-13)
+    np.testing.assert_allclose(sketched, S @ net.dense_jacobian.T, atol=1e-13)
 
 
 @core
@@ -499,28 +775,24 @@ def test_columns_of_a_sparse_sign_sketch_have_one_sign_in_each_quarter():
     assert (np.count_nonzero(quarters, axis=1) == 1).all()
     for columns in S.T.reshape(m, d, size):
         np.testing.assert_allclose(columns @ columns.T, 4 * np.eye(d), atol=1e-13)
-
-
-@core
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_columns_of_a_tiny_sparse_sign_sketch_have_length_one(size):
-    S = sparse_sign_sketch(one_hot_jacobian(3, 6), size, 0) * np.sqrt(6)
-    np.testing.assert_allclose((S**2).sum(axis=0), 1.0, rtol=1e-14)
+    for tiny in (1, 2, 3):  # fewer rows than quarters
+        S = sparse_sign_sketch(one_hot_jacobian(d, m), tiny, 0) * np.sqrt(m)
+        np.testing.assert_allclose((S**2).sum(axis=0), 1.0, rtol=1e-14)
 
 
 def test_entries_of_a_gaussian_sketch_are_standard_normal():
     S = gaussian_sketch(one_hot_jacobian(7, 30), 200, 0) * np.sqrt(30 * 200)
     assert kstest(S.ravel(), "norm").pvalue > 1e-3
     products = (S.T @ S / 200)[np.triu_indices(S.shape[1], 1)]
-    assert np.abs(products).max() < 6 / np.sqrt(200)  # columns independent: 21,945 products of deviation 1 / sqrt(200)
+    # Columns are independent: 21,945 products of deviation 1 / sqrt(200).
+    assert np.abs(products).max() < 6 / np.sqrt(200)
 
 
 @core
 @sketches
 @pytest.mark.parametrize("size", [1, 3, 12])
 def test_sketch_is_unbiased(sketch, size):
-    X, _, signs, active, _ = network(3, 3, 8, 0.5)
-    J = sparse_jacobian(X, active, signs)
+    J = Net.drawn(3, 3, 8, 0.5).jacobian
     squares = np.array([S.T @ S for S in (sketch(J, size, seed) for seed in range(400))])
     standard_error = squares.std(axis=0) / np.sqrt(len(squares))
     assert (np.abs(squares.mean(axis=0) - J.gram()) <= 4.5 * standard_error + 1e-14).all()
@@ -528,7 +800,7 @@ def test_sketch_is_unbiased(sketch, size):
 
 @sketches
 @pytest.mark.parametrize(
-    "kind, n, d, m",
+    "make, n, d, m",
     [
         (spread_jacobian, 4, 5, 300),
         (spread_jacobian, 8, 3, 900),
@@ -536,12 +808,11 @@ def test_sketch_is_unbiased(sketch, size):
         (coherent_jacobian, 4, 700, 3),
     ],
 )
-def test_sketch_of_the_prescribed_size_is_a_subspace_embedding(sketch, kind, n, d, m):
-    J = kind(n, d, m)
-    eps, delta, seeds = 0.5, 0.1, 20
+def test_sketch_of_the_prescribed_size_is_a_subspace_embedding(sketch, make, n, d, m):
+    J, eps, delta, draws = make(n, d, m), 0.5, 0.1, 20
     size = prescribed_size(sketch, n, d, eps, delta)
-    failures = sum(distortion(J, sketch(J, size, seed)) > eps for seed in range(seeds))
-    assert failures <= delta * seeds
+    failures = sum(bench.distortion(J, sketch(J, size, seed)) > eps for seed in range(draws))
+    assert failures <= delta * draws
 
 
 @core
@@ -559,77 +830,70 @@ def test_sketch_is_reproducible_and_takes_a_seed_or_a_generator(sketch):
 @core
 @sketches
 def test_sketch_of_a_zero_jacobian_is_zero(sketch):
-    X, _, signs, active, _ = REGIMES["none active"]
-    np.testing.assert_array_equal(sketch(sparse_jacobian(X, active, signs), 9, 0), np.zeros((9, 5)))
+    np.testing.assert_array_equal(sketch(REGIMES["none active"].jacobian, 9, 0), np.zeros((9, 5)))
 
 
-# ======================================================================================================================
-# Trainer: the same trajectory as a dense loop
-# ======================================================================================================================
+# ==================================================================================================
+# Solvers
+# ==================================================================================================
 
 PROBLEMS = {  # data, then options of the trainer
     "plain": (problem(6, 5), {"width": 512}),
     "more neurons than a group of groups": (problem(4, 5), {"width": 1000, "alpha": 0.5}),
     "gaussian, odd width": (problem(6, 5), {"width": 301, "init": "gaussian"}),
-    "more points than neurons": (problem(40, 4), {"width": 15, "init": "gaussian", "shift": 0.2, "damping": 0.1}),
+    "more points than neurons": (
+        problem(40, 4),
+        {"width": 15, "init": "gaussian", "shift": 0.2, "damping": 0.1},
+    ),
     "everything active": (problem(4, 6), {"width": 64, "shift": -5.0}),
     "coinciding points": (
         (problem(3, 4)[0][[0, 1, 2, 0, 1]], np.arange(5.0)),
         {"width": 300, "shift": 0.5, "damping": 0.01},
     ),
     "more coordinates than points": (problem(4, 40), {"width": 300}),
-    "opposite points": ((np.array([[1.0], [-1.0]]), np.array([1.0, 3.0])), {"width": 40, "shift": 0.5}),
+    "opposite points": (
+        (np.array([[1.0], [-1.0]]), np.array([1.0, 3.0])),
+        {"width": 40, "shift": 0.5},
+    ),
     "few neurons": (problem(3, 4), {"width": 14, "shift": -1.0}),
     "two neurons": (problem(2, 3), {"width": 2, "shift": -4.0}),
     "one neuron": (problem(1, 3), {"width": 1, "init": "gaussian", "shift": -5.0}),
     "one point": (problem(1, 3), {"width": 200}),
 }
 problems = pytest.mark.parametrize("name", PROBLEMS)
-searches = pytest.mark.parametrize("search", SEARCHES)
-solvers = pytest.mark.parametrize("solver", SOLVERS)
 
 
-def assert_retraces_the_dense_loop(X, y, fitted, rtol=1e-6, atol=1e-9):
+def assert_retraces_the_reference(X, y, fitted, rtol=1e-6, atol=1e-9):
     """Residual by residual while above atol, and the final weights."""
-    W, signs, shift = start(X, y, fitted.width, shift=fitted.shift_, init=fitted.init)
-    steps = fitted.n_iter_
+    net = start(X, y, fitted.width, shift=fitted.shift_, init=fitted.init)
     gradient = fitted.solver == "gradient"
-    states = list(dense_training(X, y, W, signs, shift, steps, fitted.damping, gradient))
-    expected = np.array([residual for residual, _ in states])
-    np.testing.assert_allclose(residuals_of(fitted), expected, rtol=rtol, atol=atol)
-    np.testing.assert_allclose(fitted.weights(), states[-1][1], rtol=rtol, atol=10 * rtol)
+    networks = net.steps(y, fitted.n_iter_, fitted.damping, gradient)
+    expected = [net.residual(y) for net in networks]
+    np.testing.assert_allclose(values_of(fitted), expected, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(fitted.weights(), networks[-1].W, rtol=rtol, atol=10 * rtol)
 
 
 def assert_consistent(X, fitted):
     """Active sets and predictions, from the weights."""
-    W, signs, shift = fitted.weights(), fitted.signs_, fitted.shift_
-    assert_same_pairs(fitted.active_sets(), X @ W.T >= shift)
-    new, _ = problem(7, X.shape[1], seed=9)
-    for points in (X, new):
-        expected = dense_outputs(points, W, signs, shift)
+    net = Net.of(fitted, X)
+    assert_same_pairs(fitted.active_sets(), net.active)
+    for points in (X, problem(7, X.shape[1], seed=9)[0]):
+        expected = net._replace(X=points).outputs
         np.testing.assert_allclose(fitted.predict(points), expected, rtol=1e-9, atol=1e-11)
-
-
-@core
-@problems
-@searches
-def test_gauss_newton_retraces_the_dense_loop(name, search):
-    (X, y), options = PROBLEMS[name]
-    fitted = trainer(search=search, max_iter=6, **options).fit(X, y)
-    assert fitted.n_iter_ > 0
-    assert_retraces_the_dense_loop(X, y, fitted)
-    assert_consistent(X, fitted)
 
 
 @core
 @searches
 @solvers
 @pytest.mark.parametrize("damping", [0.0, 0.1])
-def test_every_solver_retraces_the_dense_loop_when_its_tolerance_is_tight(search, solver, damping, monkeypatch):
+def test_every_solver_retraces_the_reference_if_its_tolerance_is_tight(
+    search, solver, damping, monkeypatch
+):
     monkeypatch.setattr(sublin, "_regression_tolerance", lambda X, shift: 1e-12)
     (X, y), options = PROBLEMS["plain"]
-    fitted = trainer(search=search, solver=solver, damping=damping, max_iter=5, **options).fit(X, y)
-    assert_retraces_the_dense_loop(X, y, fitted)
+    options = {"search": search, "solver": solver, "damping": damping, **options}
+    fitted = trainer(max_iter=5, **options).fit(X, y)
+    assert_retraces_the_reference(X, y, fitted)
     assert_consistent(X, fitted)
 
 
@@ -638,79 +902,141 @@ def test_every_solver_retraces_the_dense_loop_when_its_tolerance_is_tight(search
 def test_every_solver_handles_every_problem(name, solver, monkeypatch):
     monkeypatch.setattr(sublin, "_regression_tolerance", lambda X, shift: 1e-11)
     (X, y), options = PROBLEMS[name]
-    # The Richardson iteration needs a sketch of small distortion; for few points 64 n rows miss it now and then.
+    # The Richardson iteration needs a small distortion, which 64 n rows of few points may miss.
     size = 2000 if solver == "richardson" else None
     fitted = trainer(solver=solver, sketch_size=size, max_iter=4, **options).fit(X, y)
-    assert_retraces_the_dense_loop(X, y, fitted, rtol=1e-5)
+    assert_retraces_the_reference(X, y, fitted, rtol=1e-5)
     assert_consistent(X, fitted)
 
 
 @core
-@pytest.mark.parametrize("sketch", ["sparse", "srht", "gaussian"])
+@pytest.mark.parametrize("sketch", sublin.SKETCHES)
 @pytest.mark.parametrize("solver", ["sketch", "richardson"])
 @pytest.mark.parametrize("damping", [0.0, 0.05])
 def test_sketched_solvers_meet_the_tolerance_of_algorithm_5_in_every_step(sketch, solver, damping):
     X, y = problem(4, 5)
-    states = []
-    fitted = trainer(128, solver=solver, sketch=sketch, shift=0.8, damping=damping, tol=1e-6, max_iter=4)
-    fitted.set_params(callback=lambda record: states.append(fitted.weights())).fit(X, y)
-    signs, shift = fitted.signs_, fitted.shift_
-    tolerance = np.sqrt(np.linalg.eigvalsh(shifted_ntk(X, shift))[0] / len(X)) / 6
-    for before, after in pairwise(states):
-        residual = dense_outputs(X, before, signs, shift) - y
-        J = dense_jacobian(X, X @ before.T >= shift, signs)
-        g, *_ = np.linalg.lstsq(J.T, (before - after).ravel(), rcond=None)
-        np.testing.assert_allclose(J.T @ g, (before - after).ravel(), atol=1e-8)
+    networks = []
+    options = {"solver": solver, "sketch": sketch, "shift": 0.8, "damping": damping, "tol": 1e-6}
+    fitted = trainer(128, max_iter=4, **options)
+    fitted.set_params(callback=lambda record: networks.append(Net.of(fitted, X))).fit(X, y)
+    tolerance = np.sqrt(np.linalg.eigvalsh(shifted_ntk(X, fitted.shift_))[0] / len(X)) / 6
+    for before, after in pairwise(networks):
+        residual, J = before.outputs - y, before.dense_jacobian
+        move = (before.W - after.W).ravel()
+        g, *_ = np.linalg.lstsq(J.T, move, rcond=None)
+        np.testing.assert_allclose(J.T @ g, move, atol=1e-8)
         error = J @ (J.T @ g) + damping * g - residual
         assert np.linalg.norm(error) <= 1.01 * tolerance * np.linalg.norm(residual)
-    assert all(record["inner_iterations"] > 0 for record in fitted.history_[1:])
+    assert (values_of(fitted, "inner_iterations")[1:] > 0).all()
 
 
-@searches
-@pytest.mark.parametrize("solver", ["cholesky", "sketch", "richardson", "cg"])
-def test_float64_reaches_1e_9(search, solver):
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_an_earlier_factor_serves_while_few_pairs_flip(damping, monkeypatch):
     X, y = problem(16, 8)
-    fitted = trainer(4096, search=search, solver=solver).fit(X, y)
-    assert fitted.converged_ and fitted.residual_ <= 1e-9
-    np.testing.assert_allclose(fitted.predict(X), y, atol=1e-8)
+    options = {"shift": 1.0, "damping": damping, "max_iter": 8}
+    expected = trainer(4096, **options).fit(X, y)
+    assert not values_of(expected, "inner_iterations").any()
+    monkeypatch.setattr(sublin, "REUSE", 2)
+    for stale in (sublin.STALE, 0):  # 0: also where it does not serve, and is made anew
+        monkeypatch.setattr(sublin, "STALE", stale)
+        fitted = trainer(4096, **options).fit(X, y)
+        inner = values_of(fitted, "inner_iterations")
+        assert stale == 0 or inner[1] == 0 < inner[-1] <= 10
+        np.testing.assert_allclose(values_of(fitted), values_of(expected), rtol=1e-6, atol=1e-11)
+        np.testing.assert_allclose(fitted.weights(), expected.weights(), atol=1e-9)
+
+
+def singular(message):
+    """Expects a refusal of a singular system."""
+    return pytest.raises(np.linalg.LinAlgError, match=message)
+
+
+@core
+@pytest.mark.parametrize("solver", ["cholesky", "sketch", "richardson", "cg"])
+def test_points_without_active_neurons_are_named(solver):
+    message = r"6 of 6 points have no active neuron, the first is point 0; use a larger width"
+    with singular(message):
+        trainer(512, solver=solver, shift=30.0).fit(*problem(6, 5))
+
+
+@core
+@pytest.mark.parametrize("solver", ["cholesky", "sketch", "richardson"])
+def test_coinciding_points_are_named(solver):
+    X, y = problem(6, 5)
+    X[4] = X[1]
+    message = r"singular: points 1 and 4 coincide \(1 such pairs\).*distinct points.*damping > 0"
+    with singular(message):
+        trainer(512, solver=solver).fit(X, y)
+
+
+@core
+@pytest.mark.parametrize("solver", ["cholesky", "sketch", "richardson"])
+def test_too_few_active_neurons_are_counted(solver):
+    message = r"6 points share 2 active neurons of 2, too few.*smaller shift, or damping > 0"
+    with singular(message):
+        trainer(2, solver=solver, shift=-9.0).fit(*problem(6, 2))
+
+
+@core
+def test_iterations_that_cannot_converge_say_so():
+    X, y = problem(12, 2)
+    with singular(r"conjugate gradients .*singular.*damping > 0"):
+        trainer(4, shift=-9.0, init="gaussian", solver="cg").fit(X, y)
+    X, y = problem(12, 8)
+    with singular(r"does not converge with sketch_size=14: .*larger sketch_size"):
+        trainer(1024, solver="richardson", sketch_size=14, shift=0.5).fit(X, y)
+
+
+@core
+@solvers
+def test_damping_makes_singular_systems_trainable(solver):
+    X, y = problem(6, 5)
+    X[4], y[4] = X[1], y[1]
+    fitted = trainer(512, solver=solver, damping=1e-3, max_iter=5).fit(X, y)
+    assert values_of(fitted)[-1] < 0.9
+
+
+# ==================================================================================================
+# Searches
+# ==================================================================================================
+
+
+@core
+@problems
+@searches
+def test_every_search_retraces_the_reference(name, search):
+    (X, y), options = PROBLEMS[name]
+    fitted = trainer(search=search, max_iter=6, **options).fit(X, y)
+    assert fitted.n_iter_ > 0
+    assert_retraces_the_reference(X, y, fitted)
     assert_consistent(X, fitted)
-
-
-@searches
-@pytest.mark.parametrize("solver", ["cholesky", "sketch", "richardson", "cg"])
-def test_float32_reaches_1e_5(search, solver):
-    X, y = problem(16, 8)
-    fitted = trainer(4096, search=search, solver=solver, dtype="float32", tol=1e-5).fit(X, y)
-    assert fitted.converged_ and fitted.residual_ <= 1e-5
-    np.testing.assert_allclose(fitted.predict(X), y, atol=1e-4)
 
 
 @core
 @searches
-def test_float32_follows_the_dense_float64_loop(search):
-    (X, y), options = PROBLEMS["plain"]
-    fitted = trainer(search=search, dtype="float32", tol=1e-5, **options).fit(X, y)
-    assert_retraces_the_dense_loop(X, y, fitted, rtol=1e-4, atol=1e-5)
+@inits
+@pytest.mark.parametrize("width", [64, 70, 130])
+def test_networks_of_several_blocks_retrace_the_reference(search, init, width, monkeypatch):
+    monkeypatch.setattr(sublin, "BLOCK", 64)
+    X, y = problem(5, 4)
+    fitted = trainer(width, search=search, init=init, shift=0.1, damping=0.01, max_iter=4).fit(X, y)
+    assert_retraces_the_reference(X, y, fitted)
+    assert_consistent(X, fitted)
+    fitted.check()
 
 
 @searches
-@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
-@pytest.mark.parametrize("width", [sublin.BLOCK, sublin.BLOCK + 6, 2 * sublin.BLOCK + 2])
-def test_networks_of_several_blocks_retrace_the_dense_loop(search, init, width):
-    X, y = problem(5, 4)
-    fitted = trainer(width, search=search, init=init, shift=0.5, max_iter=4).fit(X, y)  # enough pairs for all threads
-    assert fitted.residual_ < 1e-3
-    assert_retraces_the_dense_loop(X, y, fitted)
-    assert_consistent(X, fitted)
-
-
-@pytest.mark.parametrize("search", SEARCHES)
-def test_digits_train_to_1e_6(search):
-    images, labels = load_digits(return_X_y=True)
-    X, y = images[:120], np.where(labels[:120] % 2, 1.0, -1.0)
-    fitted = SublinearTrainer(1 << 14, search=search, random_state=0).fit(X, y)
-    assert fitted.converged_
-    np.testing.assert_allclose(fitted.predict(X), y, atol=1e-4)
+@pytest.mark.parametrize("solver", ["cholesky", "sketch", "richardson", "cg"])
+@pytest.mark.parametrize("dtype, tol", [("float64", 1e-9), ("float32", 1e-5)])
+def test_either_precision_reaches_its_tolerance(search, solver, dtype, tol):
+    X, y = problem(16, 8)
+    fitted = trainer(4096, search=search, solver=solver, dtype=dtype, tol=tol).fit(X, y)
+    assert fitted.converged_ and fitted.residual_ <= tol
+    np.testing.assert_allclose(fitted.predict(X), y, atol=10 * tol)
+    if dtype == "float64":
+        assert_consistent(X, fitted)
+    elif solver == "cholesky":
+        assert_retraces_the_reference(X, y, fitted, rtol=1e-4, atol=tol)
 
 
 @core
@@ -719,435 +1045,25 @@ def test_digits_train_to_1e_6(search):
 @pytest.mark.parametrize("offset", [-1e-12, 0.0, 1e-12])
 def test_active_means_at_or_above_the_shift(search, dtype, offset):
     options = {"init": "gaussian", "search": search, "dtype": dtype, "max_iter": 0}
-    products = start([[1.0]], [1.0], 16, init="gaussian")[0].ravel()  # a float32 number each
+    products = start([[1.0]], [1.0], 16, init="gaussian").W.ravel()  # a float32 number each
     shift = products[7] + offset
     fitted = trainer(16, shift=shift, **options).fit([[1.0]], [1.0])
     assert_same_pairs(fitted.active_sets(), products[None] >= shift)
 
 
-# ======================================================================================================================
-# Trainer: live pairs
-# ======================================================================================================================
-
-
-def lazy_states(X, y, width, **options):
-    """A network trained by "lazy", checked after every step, and (weights, active sets) at the start and after each step."""
-    states = []
-    fitted = trainer(width, search="lazy", **options)
-
-    def look(record):
-        fitted.check()
-        states.append((fitted.weights(), fitted.active_sets()))
-
-    return fitted.set_params(callback=look).fit(X, y), states
-
-
-def assert_takes_dense_steps(X, y, fitted, states):
-    """Active sets are those of the weights, and each step is the dense one from where the last one led.
-
-    Step by step, because rounding errors grow from step to step where training is far from converging.
-    """
-    signs, shift = fitted.signs_.astype(float), fitted.shift_
-    for record, (W, active) in zip(fitted.history_, states, strict=True):
-        assert_same_pairs(active, X @ W.T >= shift)
-        expected = np.linalg.norm(dense_outputs(X, W, signs, shift) - y) / np.linalg.norm(y)
-        assert record["residual"] == pytest.approx(expected, rel=1e-7, abs=1e-11)
-    for (before, _), (after, _) in pairwise(states):
-        _, (_, expected) = dense_training(X, y, before, signs, shift, 1, fitted.damping)
-        np.testing.assert_allclose(after, expected, rtol=1e-6, atol=1e-8 * np.abs(y).max())
-
-
-@core
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    n=st.integers(1, 24),
-    d=st.integers(1, 12),
-    pairs=st.integers(1, 150),
-    shift=st.floats(-1.0, 2.0),
-    scale=st.sampled_from([0.1, 1.0, 30.0]),
-    damping=st.sampled_from([0.01, 0.3]),
-    margin=st.sampled_from([1e-3, sublin.MARGIN]),
-    init=st.sampled_from(["antisymmetric", "gaussian"]),
-    seed=st.integers(0, 99),
-)
-def test_lazy_steps_are_dense_steps_in_every_regime(n, d, pairs, shift, scale, damping, margin, init, seed):
-    X, y = problem(n, d, seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sublin, "MARGIN", margin)
-        options = {"shift": shift, "damping": damping, "init": init, "random_state": seed, "max_iter": 4}
-        fitted, states = lazy_states(X, scale * y, 2 * pairs, **options)
-    assert_takes_dense_steps(X, scale * y, fitted, states)
-
-
-@pytest.mark.parametrize(
-    "n, d, width, scale, shift, widens",
-    [
-        (100, 4, 256, 1.0, 0.5, True),  # more points than neurons can tell apart
-        (400, 3, 512, 1.0, 1.0, True),  # beyond 362 points X X^T is out of cache, and moves are made through vectors
-        (24, 8, 1024, 300.0, 1.5, False),  # targets so far away that all products of live neurons are tracked
-        (6, 4, 64, 1.0, -9.0, False),  # everything active
-    ],
-)
-def test_margins_that_run_out_are_widened(n, d, width, scale, shift, widens):
-    X, y = problem(n, d)
-    fitted, states = lazy_states(X, scale * y, width, shift=shift, damping=0.01, max_iter=8)
-    assert_takes_dense_steps(X, scale * y, fitted, states)
-    assert (fitted._search.widened > 0) == widens
-
-
-def test_widening_all_rows_again_and_again_finds_more_room(monkeypatch):
-    monkeypatch.setattr(sublin, "MARGIN", 1e-3)
-    X, y = problem(16, 8)
-    fitted, states = lazy_states(X, y, 4096, shift=1.5)
-    assert fitted.converged_ and fitted._search.widened > fitted.n_live_ / 2
-    assert fitted._search._used < fitted._search._pairs.points.size
-    assert_takes_dense_steps(X, y, fitted, states)
-
-
-def test_later_steps_look_at_few_neurons():
-    X, y = problem(16, 16)
-    lazy, tree = (trainer(1 << 16, search=search).fit(X, y) for search in ("lazy", "tree"))
-    first, *_, last = (record["looked_at"] for record in lazy.history_[1:])
-    assert first > lazy.n_live_ / 4 and last < first / 100
-    assert all(record["looked_at"] > lazy.n_live_ for record in tree.history_)
-    np.testing.assert_allclose(residuals_of(lazy), residuals_of(tree), rtol=1e-6, atol=1e-11)
-
-
-def test_rows_made_anew_reach_a_pair_that_moves_down_as_a_point_comes_in(monkeypatch):
-    # Three copies of each point, apart by less than float32 products tell, and a margin that ends between two of them.
-    monkeypatch.setattr(sublin, "MARGIN", 0.01)
-    rng = np.random.default_rng(1)
-    X = unit_rows(unit_rows(np.repeat(rng.normal(size=(20, 8)), 3, axis=0)) + 3e-8 * rng.normal(size=(60, 8)))
-    X, y = X[rng.permutation(60)], rng.normal(size=60)
-    options = {"shift": 0.9964949098489018, "damping": 1e-2, "random_state": 1, "max_iter": 6, "tol": 1e-12}
-    lazy, dense = (trainer(2000, search=search, **options).fit(X, y) for search in ("lazy", "dense"))
-    lazy.check()
-    np.testing.assert_allclose(residuals_of(lazy), residuals_of(dense), rtol=1e-6)
-
-
-@pytest.mark.parametrize("n, d, width, shift", [(12, 16, 1 << 14, 2.0), (12, 16, 1 << 16, 2.5), (4, 4, 1 << 14, 2.0)])
-def test_of_neurons_active_on_one_point_only_those_that_flip_are_looked_at(n, d, width, shift):
-    X, y = problem(n, d)
-    begun, stepped = (trainer(width, shift=shift, max_iter=steps).fit(X, y) for steps in (0, 1))
-    _, neurons = begun.active_sets()
-    points = np.bincount(neurons, minlength=width)
-    assert np.count_nonzero(points == 1) > 4 * np.count_nonzero(points > 1)
-    record = stepped.history_[1]
-    assert 0 < record["flips"] <= record["looked_at"] <= record["flips"] + np.count_nonzero(points > 1)
-    stepped.check()
-
-
-@pytest.mark.parametrize("margin", [0.05, sublin.MARGIN])
-def test_live_pairs_have_the_same_bits_for_any_number_of_threads(margin, monkeypatch):
-    monkeypatch.setattr(sublin, "MARGIN", margin)
-    X, y = problem(40, 8)
-    most, runs = numba.get_num_threads(), []
-    for threads in (1, most):
-        numba.set_num_threads(threads)
-        try:
-            runs.append(trainer(4 * sublin.BLOCK, shift=1.0).fit(X, y))
-        finally:
-            numba.set_num_threads(most)
-    first, second = runs
-    assert first._search.widened == second._search.widened and first._search.widened > 1000
-    np.testing.assert_array_equal(residuals_of(first), residuals_of(second))
-    np.testing.assert_array_equal(first.weights(), second.weights())
-
-
-@core
-@pytest.mark.parametrize("work", [0, 1 << 16, 1 << 26])
-def test_shares_of_the_chunks_come_in_order_each_once(work):
-    most = numba.get_num_threads()
-    shares = sublin._over_chunks(lambda *share: share, work)
-    assert [low for _, low, _ in shares] == [0, *(high for _, _, high in shares[:-1])] and shares[-1][2] == sublin.CHUNKS
-    assert {thread for thread, _, _ in shares} <= set(range(most if work else 1))
-    assert {thread for thread, _, _ in sublin._over_chunks(lambda *share: share, work, most=1)} == {0}
-
-
-@core
-@pytest.mark.parametrize("failing", [0, sublin.CHUNKS - 1])
-def test_a_share_that_fails_says_so_and_leaves_the_threads_as_they_were(failing):
-    def task(_, low, high):
-        if low <= failing < high:
-            raise MemoryError("of this share")
-
-    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    with pytest.raises(MemoryError, match="of this share"):
-        sublin._over_chunks(task, 1 << 26)
-    assert before is None or os.sched_getaffinity(0) == before
-    assert len(sublin._over_chunks(lambda *share: share, 1 << 16)) == numba.get_num_threads()
-
-
-def test_fits_in_several_threads_at_once_and_in_a_fork_have_the_bits_of_one_alone():
-    code = (
-        "import os, sys, threading\n"
-        "import numpy as np\n"
-        "from sublin import SublinearTrainer\n"
-        "rng = np.random.default_rng(0)\n"
-        "X, y = rng.standard_normal((64, 32)), rng.standard_normal(64)\n"
-        "def fit(found=None):\n"
-        "    fitted = SublinearTrainer(1 << 16, random_state=0, max_iter=3, tol=0.0).fit(X, y)\n"
-        "    found = [] if found is None else found\n"
-        "    found.append(fitted.loss_curve_)\n"
-        "    return found[-1]\n"
-        "alone, together = fit(), []\n"
-        "threads = [threading.Thread(target=fit, args=(together,)) for _ in range(3)]\n"
-        "for thread in threads: thread.start()\n"
-        "for thread in threads: thread.join()\n"
-        "assert together == [alone] * 3, 'in threads'\n"
-        "if hasattr(os, 'fork'):\n"
-        "    child = os.fork()\n"
-        "    if child == 0:\n"
-        "        os._exit(0 if fit() == alone else 1)\n"
-        "    assert os.waitpid(child, 0)[1] == 0, 'in a fork'\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=HERE, check=True, timeout=120)
-
-
-def test_a_fit_in_the_background_goes_on_when_the_main_thread_has_ended():
-    code = (
-        "import threading, time\n"
-        "import numpy as np\n"
-        "from sublin import SublinearTrainer\n"
-        "rng, ended = np.random.default_rng(0), threading.Event()\n"
-        "X, y = rng.standard_normal((64, 8)), rng.standard_normal(64)\n"
-        "def fit():\n"
-        "    slow = lambda record: ended.set() or time.sleep(0.5 * (record['iteration'] < 2))\n"
-        "    net = SublinearTrainer(1 << 16, random_state=0, max_iter=3, tol=0.0, callback=slow).fit(X, y)\n"
-        "    print(net.n_iter_)\n"
-        "threading.Thread(target=fit).start()\n"
-        "ended.wait()\n"
-    )
-    run = [sys.executable, "-W", "ignore", "-c", code]
-    assert subprocess.run(run, cwd=HERE, check=True, timeout=120, capture_output=True, text=True).stdout == "3\n"
-
-
-@core
-@pytest.mark.parametrize("n, width, shift", [(1, 40, 0.5), (7, 130, 0.0), (40, 300, 1.0), (90, 64, -1.0)])
-def test_shared_neurons_are_counted_alike_one_by_one_and_in_words(n, width, shift):
-    X, y = problem(n, 4)
-    search = trainer(width, shift=shift, max_iter=0).fit(X, y)._search
-    sets = search.gathered()
-    active = np.zeros((n, search.n_live), int)
-    active[sets.points, np.repeat(sets.neurons, np.diff(sets.offsets))] = 1
-    for low, high in ((0, search.n_live), (3, search.n_live - 1), (5, 5)):
-        for squares in (0, 1 << 60):
-            counts = np.zeros((n, n), np.int32)
-            sublin._count_shared(search._pairs, low, high, squares, counts)
-            shared = active[:, low:high] @ active[:, low:high].T
-            np.testing.assert_array_equal(counts + counts.T - np.diag(np.diag(counts)), shared)
-
-
-@core
-def test_limits_are_rounded_down():
-    sizes = np.geomspace(1e-300, 1e300, 1201)
-    for x in (0.0, 1.0, *sizes, np.inf, -1.0, *-sizes, -np.inf):
-        below = sublin._rounded_down(x)
-        assert below <= x
-        if x > -3e38:
-            assert below >= min(x, 3e38) - 2.0**-22 * min(abs(x), 3e38) - 1e-44
-
-
-def spoil_first(name, value):
-    """Overwrites an entry of the first row with an active pair, or of its first pair, the most active one."""
-
-    def spoil(search):
-        pairs = search._pairs
-        q = np.argmax(np.isfinite(pairs.certificates) & np.isfinite(pairs.rows["margin"]))
-        row = pairs.rows[q]
-        array, place = getattr(pairs, name, None), q
-        if array is None:
-            array = pairs.rows[name]
-        elif name != "certificates":
-            place = row["start"] if name == "products" else pairs.copies * row["start"] + row["twin"] * row["count"]
-        array[place] = value(array[place])
-
-    return spoil
-
-
-@core
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (spoil_first("certificates", lambda certificate: np.inf), "a pair can flip before its certificate ends"),
-        (spoil_first("limit", lambda limit: limit + 3.0), "a pair can flip before its certificate ends"),
-        (spoil_first("far_limit", lambda limit: limit + 3.0), "a pair can flip before its certificate ends"),
-        (spoil_first("margin", lambda margin: np.inf), "a product within the margin is not tracked"),
-        (spoil_first("reach", lambda reach: 0), "active"),
-        (spoil_first("products", lambda product: product + 1e-6), "a tracked product is wrong"),
-        (spoil_first("active", lambda active: not active), "active"),
-        (spoil_first("base", lambda base: base + 1.0), "the residual is not that of the weights"),
-        (lambda search: search._sum.__iadd__(1e-6), "the residual is not that of the weights"),
-        (lambda search: search._pairs.rows["flipped"].fill(0), "a pair has flipped, and its neuron is not marked"),
-        (lambda search: search.counts.__iadd__(1), "counts are not the active sets'"),
-        (lambda search: setattr(search, "changing", 0), "the number of neurons that move is wrong"),
-        (lambda search: search._ladder.append(sublin.Rung(np.inf, *np.zeros((2, 0), int))), "its neuron is on no list"),
-        (
-            lambda search: search._ladder.append(search._ladder[0]._replace(bounds=search._ladder[0].bounds + 1.0)),
-            "a list has a certificate too large",
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-def test_check_notices_a_spoilt_state(spoil, message):
-    X, y = problem(6, 8)
-    fitted = trainer(400, shift=1.5, max_iter=2).fit(X, y)
-    fitted.check()
-    spoil(fitted._search)
-    with pytest.raises(AssertionError, match=message):
-        fitted.check()
-
-
 @searches
-def test_check_holds_for_every_search_and_notices_a_wrong_residual(search):
-    X, y = problem(6, 8)
-    fitted = trainer(400, shift=1.0, search=search, max_iter=2).fit(X, y)
-    fitted.check()
-    fitted.residual_ *= 1.001
-    with pytest.raises(AssertionError, match="the residual is not that of the weights"):
-        fitted.check()
-
-
-@core
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 11, 57, 300])
-@pytest.mark.parametrize("values", [3, 1 << 30])
-def test_rows_are_sorted_in_descending_order_with_their_points(size, values):
-    products = np.random.default_rng(size).integers(values, size=size + 2).astype(float)
-    points = np.arange(size + 2, dtype=np.int32)
-    before = products.copy()
-    sublin._sort_descending(products, points, 1, size + 1)
-    np.testing.assert_array_equal(products[1:-1], np.sort(before[1:-1])[::-1])
-    np.testing.assert_array_equal(products, before[points])
-    assert points[0] == 0 and points[-1] == size + 1
-
-
-@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
-def test_nothing_of_the_size_of_the_weights_is_held(init):
-    X, y = problem(4, 32)
-    trainer(1 << 12, init=init).fit(X, y).predict(X)  # compiles
-    tracemalloc.start()
-    try:
-        trainer(1 << 19, init=init).fit(X, y).predict(X)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 0.6 * (1 << 19) * 32 * 4
-
-
-# ======================================================================================================================
-# Trainer: starting weights, reproducibility
-# ======================================================================================================================
-
-
-@core
-def test_starting_weights_depend_on_seed_and_width_alone():
-    X, y = problem(4, 3)
-    expected = start(X, y, 100)
-    for search in SEARCHES:
-        for solver in SOLVERS:
-            for dtype in ("float32", "float64"):
-                found = start(*problem(5, 3, seed=1), 100, search=search, solver=solver, dtype=dtype, shift=0.1)
-                np.testing.assert_array_equal(found[0], expected[0])
-                np.testing.assert_array_equal(found[1], expected[1])
-    assert not np.array_equal(start(X, y, 100, random_state=1)[0], expected[0])
-
-
-@core
-@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
-def test_a_wider_network_extends_a_narrower_one(init):
-    X, y = problem(4, 3)
-    narrow, wide = (start(X, y, width, init=init) for width in (50, 80))
-    np.testing.assert_array_equal(wide[0][:50], narrow[0])
-    np.testing.assert_array_equal(wide[1][:50], narrow[1])
-
-
-@core
-@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
-def test_starting_weights_are_philox_keyed_by_seed_and_block_and_signs_a_stream_of_their_own(init):
-    seed, width = 7, sublin.BLOCK + 6
-
-    def philox(block, stream):
-        key = np.array([seed, block], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
-
-    W, signs, _ = start(*problem(2, 3), width, init=init, random_state=seed)
-    for block, count in ((0, sublin.BLOCK), (1, 6)):
-        rows = slice(block * sublin.BLOCK, block * sublin.BLOCK + count)
-        draws = count if init == "gaussian" else count // 2
-        normals = philox(block, 0).standard_normal((draws, 3), dtype=np.float32)
-        expected_signs = (
-            [1, -1] * draws if init == "antisymmetric" else 2 * philox(block, 1).integers(0, 2, count, np.int8) - 1
-        )
-        np.testing.assert_array_equal(W[rows], np.repeat(normals, count // draws, axis=0))
-        np.testing.assert_array_equal(signs[rows], expected_signs)
-
-
-@core
-def test_antisymmetric_start_is_pairs_of_opposite_sign_and_output_zero():
-    X, y = problem(4, 3)
-    W, signs, _ = start(X, y, 300)
-    np.testing.assert_array_equal(W[::2], W[1::2])
-    np.testing.assert_array_equal(signs, np.tile([1, -1], 150))
-    fitted = trainer(300, max_iter=0).fit(X, y)
-    np.testing.assert_allclose(fitted.predict(problem(9, 3, seed=4)[0]), 0.0, atol=1e-14)
-    assert fitted.residual_ == 1.0
-
-
-@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
-def test_starting_weights_are_standard_normal_and_signs_even(init):
-    W, signs, _ = start(*problem(2, 3), 3 * sublin.BLOCK, init=init)
-    assert kstest(W[::2].ravel(), "norm").pvalue > 1e-3
-    assert set(signs) == {-1.0, 1.0} and abs(signs.mean()) < 4 / np.sqrt(signs.size)
-    assert np.unique(W, axis=0).shape[0] == len(W) // (2 if init == "antisymmetric" else 1)
-    assert abs(np.corrcoef(W[:, 0], signs)[0, 1]) < 4 / np.sqrt(signs.size)
-
-
-@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("solver", ["cholesky", "sketch"])
 def test_any_number_of_threads_gives_the_same_bits(search, solver):
     X, y = problem(16, 8)
-    most, runs = numba.get_num_threads(), []
-    for threads in (1, most):
-        numba.set_num_threads(threads)
-        try:
-            runs.append(trainer(sublin.BLOCK + 2, search=search, solver=solver, shift=0.5, max_iter=3).fit(X, y))
-        finally:
-            numba.set_num_threads(most)
-    np.testing.assert_array_equal(residuals_of(runs[0]), residuals_of(runs[1]))
-    np.testing.assert_array_equal(runs[0].weights(), runs[1].weights())
+    options = {"search": search, "solver": solver, "shift": 0.5, "max_iter": 3}
+    one, all_of_them = with_threads(lambda: trainer(sublin.BLOCK + 2, **options).fit(X, y))
+    np.testing.assert_array_equal(values_of(one), values_of(all_of_them))
+    np.testing.assert_array_equal(one.weights(), all_of_them.weights())
+    assert_consistent(X, one)
 
 
 @core
-@pytest.mark.parametrize(
-    "state", [lambda: 3, lambda: np.int64(3), lambda: np.random.RandomState(3), lambda: np.random.default_rng(3)]
-)
-def test_same_random_state_gives_the_same_bits(state):
-    X, y = problem(4, 3)
-    first, second = (trainer(200, random_state=state(), max_iter=3).fit(X, y) for _ in range(2))
-    np.testing.assert_array_equal(first.weights(), second.weights())
-    np.testing.assert_array_equal(residuals_of(first), residuals_of(second))
-
-
-@core
-def test_a_generator_moves_on_and_none_is_new_every_time():
-    X, y = problem(4, 3)
-    for state in (np.random.default_rng(3), np.random.RandomState(3), None):
-        first, second = (start(X, y, 20, random_state=state)[0] for _ in range(2))
-        assert not np.array_equal(first, second)
-
-
-@core
-def test_random_state_may_be_numpys_global_one_as_in_scikit_learn():
-    X, y = problem(4, 3)
-    runs = []
-    for _ in range(2):
-        np.random.seed(3)  # noqa: NPY002
-        runs.append(start(X, y, 20, random_state=np.random)[0])
-    np.testing.assert_array_equal(*runs)
-
-
-@core
-@pytest.mark.parametrize("search", SEARCHES)
+@searches
 def test_fitting_again_starts_anew(search):
     X, y = problem(5, 4)
     again = trainer(200, search=search, max_iter=3).fit(*problem(7, 3, seed=2)).fit(X, y)
@@ -1156,69 +1072,30 @@ def test_fitting_again_starts_anew(search):
     assert len(again.history_) == len(once.history_)
 
 
-# ======================================================================================================================
-# Trainer: its record and its manners
-# ======================================================================================================================
-
-PHASES = {"seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update"}
-KEYS = {
-    "iteration",
-    "residual",
-    "loss",
-    "active",
-    "changed",
-    "looked_at",
-    "flips",
-    "inner_iterations",
-    "damping",
-    "rejected",
-    "operations",
-}
-KEYS |= {"seconds"}
+@core
+@searches
+def test_check_holds_for_every_search_and_notices_a_wrong_residual(search):
+    fitted = trainer(400, shift=1.0, search=search, max_iter=2).fit(*problem(6, 8))
+    fitted.check()
+    fitted.residual_ *= 1.001
+    with pytest.raises(AssertionError, match="the residual is not that of the weights"):
+        fitted.check()
 
 
 @core
-@searches
-@solvers
-def test_history_is_complete_and_true(search, solver):
-    (X, y), options = PROBLEMS["plain"]
-    seen, masks = [], []
-    fitted = trainer(search=search, solver=solver, max_iter=4, damping=0.01, **options)
-
-    def watch(record):
-        seen.append(record)
-        masks.append(X @ fitted.weights().T >= fitted.shift_)
-
-    fitted.set_params(callback=watch).fit(X, y)
-    assert seen == fitted.history_
-    assert [record["iteration"] for record in seen] == list(range(fitted.n_iter_ + 1))
-    assert fitted.n_live_ == masks[0].any(axis=0).sum()
-    assert fitted.residual_ == seen[-1]["residual"] and fitted.init_seconds_ > 0
-    for record, before, after in zip(seen, [None, *masks[:-1]], masks, strict=True):
-        assert set(record) == KEYS | PHASES
-        assert record["seconds"] == pytest.approx(sum(record[phase] for phase in PHASES))
-        assert record["active"] == after.sum() / len(X)
-        assert record["changed"] == (0 if before is None else before.any(axis=0).sum())
-        assert record["flips"] == (0 if before is None else (before != after).sum())
-        assert record["damping"] == 0.01 and record["operations"] > 0
+def test_check_notices_a_corrupted_node_of_a_search():
+    fitted = trainer(400, shift=1.0, search="tree", max_iter=2).fit(*problem(6, 8))
+    fitted._search._rows[400, 0] = 7.0
+    with pytest.raises(AssertionError, match="an inner node is not the maximum of its children"):
+        fitted.check()
 
 
-@searches
-def test_a_callback_that_looks_at_the_network_changes_no_record(search):
-    X, y = problem(6, 5)
-    fitted = trainer(512, search=search, max_iter=4).fit(X, y)
-    watched = trainer(512, search=search, max_iter=4)
-    watched.set_params(callback=lambda record: (watched.weights(), watched.predict(X), watched.active_sets())).fit(X, y)
-    for key in KEYS - {"seconds"}:
-        assert [record[key] for record in watched.history_] == [record[key] for record in fitted.history_]
-
-
-def test_operations_of_a_step_are_bounded_by_changed_neurons_in_trees_and_by_all_of_them_otherwise():
+def test_operations_of_a_step_are_bounded_by_changed_neurons_in_trees_and_by_all_otherwise():
     X, y = problem(4, 6)
     n, d, m = 4, 6, 1 << 16
-    runs = {search: trainer(m, search=search).fit(X, y).history_ for search in SEARCHES}
+    runs = [trainer(m, search=search).fit(X, y).history_[1:] for search in SEARCHES[:3]]
     levels = int(np.ceil(np.log(m) / np.log(sublin.FAN_OUT)))
-    for dense, scan, tree in zip(*(runs[search][1:] for search in ("dense", "scan", "tree")), strict=True):
+    for dense, scan, tree in zip(*runs, strict=True):
         pairs = n * tree["changed"]
         nodes = (sublin.FAN_OUT + 1) * levels * (tree["changed"] + tree["flips"])
         assert tree["operations"] <= n * pairs + 2 * n * nodes
@@ -1227,140 +1104,580 @@ def test_operations_of_a_step_are_bounded_by_changed_neurons_in_trees_and_by_all
         assert tree["operations"] < scan["operations"] < dense["operations"]
 
 
-def test_operations_of_trees_grow_slower_than_the_width():
-    X, y = problem(4, 6)
-    few, many = (trainer(m, search="tree", max_iter=2).fit(X, y).history_[1]["operations"] for m in (1 << 14, 1 << 18))
-    assert many < 16**0.85 * few
+# ==================================================================================================
+# A step is a transaction
+# ==================================================================================================
 
 
-@core
-def test_max_iter_zero_leaves_the_start_in_silence():
-    X, y = problem(4, 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fitted = trainer(100, max_iter=0).fit(X, y)
-    assert fitted.n_iter_ == 0 and len(fitted.history_) == 1 and not fitted.converged_
-    np.testing.assert_array_equal(fitted.weights(), fitted.weights().astype(np.float32))
+def blas_threads():
+    controller = sublin._blas_controller()
+    libraries = controller.select(user_api="blas").info() if controller else []
+    return [library["num_threads"] for library in libraries]
 
 
-@core
-def test_stopping_short_of_the_tolerance_warns():
-    with pytest.warns(ConvergenceWarning, match=r"after 1 steps is above tol=1e-09: it was still falling; raise max_iter"):
-        fitted = trainer(512, max_iter=1).fit(*problem(6, 5))
-    assert not fitted.converged_ and fitted.n_iter_ == 1
+def surroundings():
+    """What training must leave alone."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    return cores, blas_threads()
 
 
-@core
-def test_training_that_overflows_stops_and_warns(monkeypatch):
-    monkeypatch.setattr(sublin, "_solve_cholesky", lambda J, residual, *_: (-1e250 * residual, 0, None))
-    with np.errstate(over="ignore"), pytest.warns(ConvergenceWarning, match=r'(inf|nan) after 1 steps.*"auto"'):
-        trainer(512).fit(*problem(6, 5))
+def no_lap(phase):
+    """For advance(), which books its time."""
 
 
-@core
-def test_training_stops_at_the_tolerance():
-    X, y = problem(6, 5)
-    fitted = trainer(512, tol=1e-3).fit(X, y)
-    assert fitted.converged_ and fitted.history_[-2]["residual"] > 1e-3 >= fitted.residual_
-
-
-@core
-def test_verbose_prints_a_line_for_each_step(capsys):
-    fitted = trainer(512, verbose=1, max_iter=2).fit(*problem(6, 5))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(fitted.history_) == 3
-    for record, line in zip(fitted.history_, lines, strict=True):
-        assert f"residual {record['residual']:.2e}" in line
-    trainer(512, max_iter=2).fit(*problem(6, 5))
-    assert capsys.readouterr().out == ""
-
-
-@core
-def test_parameters_can_be_read_set_and_cloned():
-    options = {"width": 100, "shift": 0.5, "search": "scan", "damping": 0.1, "random_state": 4}
-    model = SublinearTrainer(**options)
-    assert options.items() <= model.get_params().items()
-    assert model.set_params(width=64, solver="cg") is model
-    assert clone(model).get_params() == model.get_params()
-    X, y = problem(4, 3)
-    assert clone(model).fit(X, y).weights().shape == (64, 4)
+STEPS = {  # (n, d, seed), (width, shift), scale of the step
+    "long": ((12, 3, 0), (300, 1.2), 300.0),
+    "everything moves": ((12, 3, 0), (64, 0.0), 1.0),
+    "short": ((12, 3, 0), (400, 1.5), 0.1),
+    "two points": ((2, 2, 90), (2000, 0.5), 30.0),
+    "many points on few neurons": ((30, 3, 91), (400, 0.5), 30.0),
+    "a million times as long": ((6, 8, 92), (400, 1.5), 1e6),
+}
 
 
 @core
 @searches
-def test_parameters_set_after_fit_leave_the_fitted_network_alone(search):
-    X, y = problem(4, 3)
-    fitted = trainer(100, search=search, max_iter=2).fit(X, y)
-    predicted, weights, signs = fitted.predict(X), fitted.weights(), fitted.signs_
-    fitted.set_params(width=40, init="gaussian", search="dense", normalize="lift")
-    np.testing.assert_array_equal(fitted.predict(X), predicted)
-    np.testing.assert_array_equal(fitted.signs_, signs)
-    np.testing.assert_array_equal(fitted.weights(), weights)
+@pytest.mark.parametrize("points, network, scale", STEPS.values(), ids=STEPS)
+def test_a_step_taken_back_leaves_every_bit_as_it_was(search, points, network, scale):
+    X, y = problem(*points)
+    X[len(X) // 2] = X[0]  # which are taken back together
+    options = {"search": search, "shift": network[1], "damping": 0.1, "max_iter": 2}
+    fitted, untouched = (trainer(network[0], **options).fit(X, y) for _ in range(2))
+    found, rng = fitted._search, np.random.default_rng(0)
+    weights, active, outputs = fitted.weights(), fitted.active_sets(), found.outputs.copy()
+    flips = 0
+    for _ in range(3):
+        step = scale * rng.standard_normal(len(X))
+        mark = found.mark()
+        flips += found.advance(step, no_lap)
+        assert not np.array_equal(found.network().weights, weights[found.live])
+        for _ in range(2):  # the second time changes nothing
+            found.undo(mark)
+            np.testing.assert_array_equal(found.network().weights, weights[found.live])
+            np.testing.assert_array_equal(found.outputs, outputs)
+            assert_all_equal(fitted.active_sets(), active)
+            fitted.check()
+    assert flips > 0
+    step = rng.standard_normal(len(X))
+    for trained in (fitted, untouched):
+        trained._search.advance(step, no_lap)
+    found, expected = (trained._search.network().weights for trained in (fitted, untouched))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+class Broken:
+    """A function whose call number `at` raises, before its work or after it."""
+
+    def __init__(self, work, at, error, after=False):
+        self.work, self.at, self.error, self.after = work, at, error, after
+        self.calls = count(1)  # an iterator, since threads call
+
+    def __call__(self, *arguments, **options):
+        call = next(self.calls)
+        if call == self.at and not self.after:
+            raise self.error
+        found = self.work(*arguments, **options)
+        if call == self.at and self.after:
+            raise self.error
+        return found
+
+    def __get__(self, instance, owner):
+        return types.MethodType(self, instance)
+
+    @property
+    def broke(self):
+        return next(self.calls) > self.at
+
+
+def assert_whole(fitted, X, y, of_record=True):
+    """The network is that of the last record, unless its targets are new, and goes on."""
+    fitted.check()
+    assert len(fitted.history_) == fitted.n_iter_ + 1
+    assert fitted.history_[-1]["residual"] == fitted.residual_ or not of_record
+    np.testing.assert_allclose(Net.of(fitted, X).residual(y), fitted.residual_, atol=1e-9)
+    np.testing.assert_allclose(fitted.predict(X), Net.of(fitted, X).outputs, atol=1e-9)
+    steps = fitted.n_iter_
+    fitted.set_params(callback=None, warm_start=True, max_iter=2).fit(X, y).check()
+    assert steps < fitted.n_iter_ == len(fitted.history_) - 1
+
+
+# Where a step is broken off, of a search and by name: `undo` while it is taken back, kernels in
+# whatever thread runs them.
+BREAKS = [
+    *product(SEARCHES, ("mark", "advance", "settle", "undo", "jacobian", "take_counts")),
+    *product(("dense", "scan", "tree"), ("find", "_add_outputs", "_flips_between")),
+    *product(("scan", "tree"), ("_move_leaves", "_count_reaching", "_report")),
+    *product(["dense"], ("_find", "_move", "_grouped", "_map_in_threads")),
+    *product(["tree"], ["_mend"]),
+    *product(["lazy"], ("_look", "_go_to", "_add_active_outputs", "_place_anew", "_unflip")),
+]
 
 
 @core
-@pytest.mark.parametrize("X_bad", [[[np.nan, 1.0]], [[3.0, 4.0]]], ids=["not finite", "zero once centred"])
-def test_a_refused_fit_leaves_the_fitted_network_alone(X_bad):
-    X, y = problem(4, 2)
-    fitted = trainer(60, init="gaussian", shift=0.0, normalize="rows", random_state=None, max_iter=1).fit(X, y)
-    predicted, signs = fitted.predict(X), fitted.signs_
-    with pytest.raises(ValueError, match="X"):
-        fitted.fit(X_bad, [1.0])
-    np.testing.assert_array_equal(fitted.predict(X), predicted)
-    np.testing.assert_array_equal(fitted.signs_, signs)
+@pytest.mark.parametrize("search, name", BREAKS)
+@pytest.mark.parametrize("damping", ["auto", 0.1])
+@pytest.mark.parametrize("after", [False, True], ids=["before its work", "after it"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError, MemoryError])
+def test_whatever_breaks_a_step_off_leaves_the_network_at_the_last_whole_one(
+    search, name, damping, after, error, monkeypatch
+):
+    """Many threads share the work here, however little, so that others are in theirs meanwhile."""
+    in_threads, kind = sublin._in_threads, sublin.SEARCHES[search]
+    many = lambda task, work, most=sublin.CHUNKS: in_threads(task, 1 << 26, most)  # noqa: E731
+    monkeypatch.setattr(sublin, "_in_threads", many)
+    monkeypatch.setattr(sublin, "MARGIN", 0.05)  # so that rows are made anew
+    X, y = problem(14, 3)
+    owner = kind if hasattr(kind, name) else sublin
+    for at in (1, 2, 7):
+        thrown, broken = error(name), []
+
+        def break_it(record, at=at, thrown=thrown, broken=broken):
+            if record["iteration"] == 1:
+                work = getattr(owner, name)
+                broken.append(Broken(work, at, thrown, after))
+                patch.setattr(owner, name, broken[0])
+
+        options = {"search": search, "damping": damping, "shift": 0.5, "max_iter": 4, "tol": 1e-13}
+        fitted = trainer(300, callback=break_it, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            if name in ("undo", "_unflip"):  # a second exception, while the first is dealt with
+                patch.setattr(kind, "settle", Broken(kind.settle, 1, ZeroDivisionError(), True))
+            try:
+                fitted.fit(X, 30 * y)
+            except error as caught:
+                assert caught is thrown
+            except ZeroDivisionError:
+                assert not broken[0].broke
+            else:
+                assert not broken[0].broke
+        assert_whole(fitted, X, 30 * y)
+
+
+class RaiseAtLine:
+    """A trace function that raises at line number `left` that sublin runs; in no `with` line, whose
+    end it would suppress, which no exception from outside can."""
+
+    lines = Path(sublin.__file__).read_text().splitlines()
+
+    def __init__(self, left):
+        self.left, self.where = left, None
+
+    def __call__(self, frame, event, argument):
+        if frame.f_code.co_filename != sublin.__file__ or self.left <= 0:
+            return None
+        name, line = frame.f_code.co_name, frame.f_lineno
+        held = name in ("_one_blas_thread", "_join") or self.lines[line - 1].split()[:1] == ["with"]
+        if event == "line" and not held:
+            self.left -= 1
+            if self.left == 0:
+                self.where = f"{name}, line {line}"
+                raise TimeoutError(self.where)
+        return self
+
+
+def interrupted_fit(fitted, X, y, at, iteration=None, at_undo=None):
+    """Fits until line number `at`, counted from the beginning or from an iteration's callback, and
+    breaks off a second time, `at_undo` lines into taking the step back. Returns where it ended."""
+    first, second = RaiseAtLine(at), RaiseAtLine(at_undo or 0)
+    roll_back, before = SublinearTrainer._roll_back, blas_threads()
+
+    def traced_roll_back(self):
+        if first.where and second.left > 0:
+            sys.settrace(second)
+        roll_back(self)
+        sys.settrace(None)
+
+    begin = {iteration: lambda: sys.settrace(first)}
+    fitted.callback = lambda record: begin.get(record["iteration"], bool)()
+    begin.get(None, bool)()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SublinearTrainer, "_roll_back", traced_roll_back if at_undo else roll_back)
+        try:
+            fitted.fit(X, y)
+        except TimeoutError as error:
+            sys.settrace(None)
+            assert str(error) == (second.where or first.where)
+            assert blas_threads() == before, f"BLAS is not given back: {error}"
+        finally:
+            sys.settrace(None)
+    fitted.callback = None
+    return second.where or first.where
+
+
+@searches
+@pytest.mark.parametrize("damping", ["auto", 0.01])
+def test_an_exception_at_any_line_of_a_step_leaves_the_network_at_the_last_whole_one(
+    search, damping
+):
+    X, y = problem(8, 4)
+    rng, at, seen = np.random.default_rng(0), 1, set()
+    options = {"search": search, "damping": damping, "shift": 0.5, "max_iter": 3}
+    while where := interrupted_fit(fitted := trainer(200, **options), X, y, at, iteration=1):
+        assert_whole(fitted, X, y)
+        at += rng.integers(1, 5)
+        seen.add(where)
+    assert at > 300 and len(seen) > 90
+    second = set()
+    for at, at_undo in zip(rng.integers(60, 400, 80), rng.integers(1, 60, 80), strict=True):
+        fitted = trainer(200, **options)
+        second.add(interrupted_fit(fitted, X, y, at, iteration=1, at_undo=at_undo))
+        assert_whole(fitted, X, y)
+    assert any("undo" in (where or "") for where in second)
+
+
+@searches
+def test_an_exception_at_any_line_of_a_beginning_leaves_no_network_or_a_whole_one(search):
+    X, y = problem(8, 4)
+    rng, at = np.random.default_rng(1), 1
+    options = {"search": search, "shift": 0.5, "damping": 0.01, "max_iter": 1}
+    where = True
+    while where:
+        new = trainer(200, **options)
+        old = trainer(200, **options).fit(-X, 3 * y)
+        warm = trainer(200, warm_start=True, **options).fit(X, y)
+        where = interrupted_fit(new, X, y, at)
+        if hasattr(new, "history_"):
+            assert_whole(new, X, y)
+        interrupted_fit(old, X, y, at)
+        assert_whole(old, *((X, y) if np.array_equal(old._X, X) else (-X, 3 * y)))
+        interrupted_fit(warm, X[::-1], -y, at)
+        moved = not np.array_equal(warm._y, y)
+        assert_whole(warm, *((X[::-1], -y, False) if moved else (X, y)))
+        at += rng.integers(10, 30)
 
 
 @core
-def test_fit_returns_the_trainer_and_leaves_its_inputs_alone():
-    X, y = problem(5, 4)
-    for normalize in (None, "rows", "lift"):
-        for array in (X, y):
-            array.setflags(write=False)
-        X_copy, y_copy = X.copy(), y.copy()
-        model = trainer(200, normalize=normalize, max_iter=2, damping=1e-3)
-        assert model.fit(X, y) is model
-        model.predict(X)
-        model.score(X, y)
-        np.testing.assert_array_equal(X, X_copy)
-        np.testing.assert_array_equal(y, y_copy)
+@searches
+def test_an_interrupt_takes_the_running_step_back_and_goes_on_to_the_caller(search):
+    X, y = problem(8, 4)
+    fitted = trainer(400, search=search)
+
+    def interrupt(record):
+        if record["iteration"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted.set_params(callback=interrupt).fit(X, y)
+    assert fitted.n_iter_ == 1
+    expected = trainer(400, search=search, max_iter=1).fit(X, y).weights()
+    np.testing.assert_array_equal(fitted.weights(), expected)
+    kind = sublin.SEARCHES[search]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kind, "advance", Broken(kind.advance, 1, KeyboardInterrupt(), after=True))
+        fitted.set_params(callback=None, warm_start=True).fit(X, y)
+    assert fitted.n_iter_ == 1
+    np.testing.assert_array_equal(fitted.weights(), expected)
+    assert fitted.fit(X, y).converged_
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals")
+@pytest.mark.parametrize("search", ["lazy", "tree"])
+def test_signals_at_any_moment_leave_a_whole_network_and_nothing_of_the_process_changed(search):
+    code = """if True:
+        import signal, sys, numpy as np
+        from sublin import SublinearTrainer
+        from test_sublin import surroundings
+
+        def late(number, frame):
+            raise errors[run % 2]
+
+        signal.signal(signal.SIGALRM, late)
+        errors = TimeoutError, KeyboardInterrupt
+        rng, before = np.random.default_rng(0), surroundings()
+        X, y = rng.standard_normal((60, 8)), rng.standard_normal(60)
+        options = {"search": sys.argv[1], "shift": 1.0, "tol": 0.0, "random_state": 0}
+        SublinearTrainer(1 << 12, max_iter=3, **options).fit(X, y)  # compiles
+        for run in range(40):
+            damping = (1e-3, "auto")[run // 2 % 2]
+            net = SublinearTrainer(1 << 12, max_iter=10**6, damping=damping, **options)
+
+            def alarm(record):
+                if record["iteration"] == 0:
+                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 0.03))
+
+            net.callback = alarm
+            try:
+                net.fit(X, y)
+            except errors[run % 2]:
+                net.check()
+                assert len(net.history_) == net.n_iter_ + 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert surroundings() == before
+        print("whole")
+    """
+    assert printed_by(code, search) == "whole\n"
 
 
 @core
-def test_fit_takes_lists_and_any_order_of_memory():
-    X, y = problem(5, 4)
-    expected = trainer(100, normalize="lift", max_iter=2).fit(X, y).weights()
-    for X_same, y_same in ((X.tolist(), y.tolist()), (np.asfortranarray(X), np.repeat(y, 2)[::2])):
-        found = trainer(100, normalize="lift", max_iter=2).fit(X_same, y_same).weights()
-        np.testing.assert_array_equal(found, expected)
+@searches
+def test_training_has_no_side_effects_on_cores_and_threads_of_blas(search):
+    pytest.importorskip("threadpoolctl")
+    X, y = problem(20, 5)
+    before, seen = surroundings(), []
+    options = {"search": search, "init": "gaussian", "shift": 0.5, "damping": 0.01, "max_iter": 3}
+    fitted = trainer(600, callback=lambda record: seen.append(surroundings()), **options).fit(X, y)
+    fitted.predict(X), fitted.weights(), fitted.check()
+    assert [*seen, surroundings()] == [before] * (len(seen) + 1) and len(seen) == 4
+    # Also for as long as an exception lives, from whatever place it came.
+    kind = sublin.SEARCHES[search]
+    for owner, name, at in (
+        (kind, "advance", 1),
+        (sublin._Start, "block", 1),
+        (sublin, "_mend_ancestors" if search in ("scan", "tree") else "_coactivity", 1),
+        (np, "concatenate", 1),
+        (sublin._Network, "_trained", 1),
+        (np, "maximum", 3),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, Broken(getattr(owner, name), at, MemoryError(name)))
+            try:
+                trainer(600, **options).fit(X, y).predict(X)
+            except MemoryError as error:
+                assert surroundings() == before, error
+    assert surroundings() == before
 
 
-def test_predictions_do_not_depend_on_how_many_are_made_at_once():
-    X, y = problem(6, 5)
-    fitted = trainer(512, max_iter=1).fit(X, y)
-    new, _ = problem(3000, 5, seed=1)
-    expected = dense_outputs(new, fitted.weights(), fitted.signs_, fitted.shift_)
-    np.testing.assert_allclose(fitted.predict(new), expected, rtol=1e-9, atol=1e-12)
+# ==================================================================================================
+# Lazy search
+# ==================================================================================================
+
+
+def lazy_networks(X, y, width, **options):
+    """A network trained by "lazy", checked after every step, and what it was at the start and
+    after each step, with its active sets."""
+    seen = []
+    fitted = trainer(width, search="lazy", **options)
+
+    def look(record):
+        fitted.check()
+        seen.append((Net.of(fitted, X), fitted.active_sets()))
+
+    return fitted.set_params(callback=look).fit(X, y), seen
+
+
+def assert_takes_steps_of_the_reference(X, y, fitted, seen):
+    """Active sets are those of the weights, and each step is the reference's from where the last
+    one led.
+
+    Step by step, because rounding errors grow where training is far from converging.
+    """
+    for record, (net, active) in zip(fitted.history_, seen, strict=True):
+        assert_same_pairs(active, net.active)
+        assert record["residual"] == pytest.approx(net.residual(y), rel=1e-7, abs=1e-11)
+    for (before, _), (after, _) in pairwise(seen):
+        _, expected = before.steps(y, 1, fitted.damping)
+        np.testing.assert_allclose(after.W, expected.W, rtol=1e-6, atol=1e-8 * np.abs(y).max())
 
 
 @core
-def test_unknown_parameters_are_refused_before_any_is_set():
-    model = SublinearTrainer(100)
-    with pytest.raises(ValueError, match="parameter must be one of"):
-        model.set_params(width=64, depth=3)
-    assert model.width == 100
+@thorough
+@given(
+    n=st.integers(1, 24),
+    d=st.integers(1, 12),
+    pairs=st.integers(1, 150),
+    shift=st.floats(-1.0, 2.0),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    damping=st.sampled_from([0.01, 0.3]),
+    margin=st.sampled_from([1e-3, sublin.MARGIN]),
+    moments=st.sampled_from([3, sublin.MOMENTS]),
+    init=st.sampled_from(["antisymmetric", "gaussian"]),
+    seed=st.integers(0, 99),
+)
+def test_lazy_steps_are_those_of_the_reference_in_every_regime(
+    n, d, pairs, shift, scale, damping, margin, moments, init, seed
+):
+    X, y = problem(n, d, seed)
+    options = {"shift": shift, "damping": damping, "init": init, "random_state": seed}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sublin, "MARGIN", margin)
+        patch.setattr(sublin, "MOMENTS", moments)
+        fitted, seen = lazy_networks(X, scale * y, 2 * pairs, max_iter=4, **options)
+    assert_takes_steps_of_the_reference(X, scale * y, fitted, seen)
+
+
+@pytest.mark.parametrize(
+    "n, d, width, scale, shift, margin, anew",
+    [
+        # More points than neurons can tell apart.
+        (100, 4, 256, 1.0, 0.5, sublin.MARGIN, True),
+        # Beyond 362 points X X^T is out of cache, and moves are made through vectors.
+        (400, 3, 512, 1.0, 1.0, sublin.MARGIN, True),
+        # Targets so far away that all products of live neurons are in their rows.
+        (24, 8, 1024, 300.0, 1.5, sublin.MARGIN, False),
+        (6, 4, 64, 1.0, -9.0, sublin.MARGIN, False),  # everything active
+        (16, 8, 4096, 1.0, 1.5, 1e-3, True),  # most rows, again and again
+    ],
+)
+def test_rows_whose_margins_run_out_are_made_anew(
+    n, d, width, scale, shift, margin, anew, monkeypatch
+):
+    monkeypatch.setattr(sublin, "MARGIN", margin)
+    X, y = problem(n, d)
+    options = {"shift": shift, "damping": 0.01, "max_iter": 8}
+    fitted, seen = lazy_networks(X, scale * y, width, **options)
+    assert_takes_steps_of_the_reference(X, scale * y, fitted, seen)
+    search = fitted._search
+    assert (search.placed_anew > 0) == anew
+    if margin < 0.01:
+        assert search.placed_anew > search.n_live / 2
+    assert search._used <= search._live.points.size
+
+
+def test_rows_made_anew_reach_a_pair_that_moves_down_as_a_point_comes_in(monkeypatch):
+    # Three copies of each point, closer than float32 tells; a margin that ends between two of them.
+    monkeypatch.setattr(sublin, "MARGIN", 0.01)
+    rng = np.random.default_rng(1)
+    X = np.repeat(rng.normal(size=(20, 8)), 3, axis=0)
+    X = unit_rows(unit_rows(X) + 3e-8 * rng.normal(size=(60, 8)))
+    X, y = X[rng.permutation(60)], rng.normal(size=60)
+    options = {"shift": 0.9964949098489018, "damping": 1e-2, "random_state": 1, "max_iter": 6}
+    lazy, dense = (
+        trainer(2000, search=search, tol=1e-12, **options).fit(X, y) for search in ("lazy", "dense")
+    )
+    lazy.check()
+    np.testing.assert_allclose(values_of(lazy), values_of(dense), rtol=1e-6)
 
 
 @core
-def test_score_is_the_coefficient_of_determination():
-    X, y = problem(6, 5)
-    fitted = trainer(512, max_iter=1).fit(X, y)
-    new, targets = problem(8, 5, seed=1)
-    assert fitted.score(new, targets) == pytest.approx(r2_score(targets, fitted.predict(new)))
+@pytest.mark.parametrize("moments", [2, 4])
+def test_more_steps_than_moments_are_remembered_give_the_same_network(moments, monkeypatch):
+    X, y = problem(10, 4)
+    options = {"shift": 0.8, "damping": 0.3, "max_iter": 12}
+    expected = trainer(400, **options).fit(X, y)
+    monkeypatch.setattr(sublin, "MOMENTS", moments)
+    fitted, _ = lazy_networks(X, y, 400, **options)
+    assert fitted.n_iter_ > 2 * moments and fitted._search._moments.first > moments
+    np.testing.assert_allclose(values_of(fitted), values_of(expected), rtol=1e-9)
+    np.testing.assert_allclose(fitted.weights(), expected.weights(), rtol=1e-9, atol=1e-9)
 
 
-# ======================================================================================================================
-# Trainer: units of the data
-# ======================================================================================================================
+@core
+@pytest.mark.parametrize("n, width", [(6, 400), (40, 300)])
+def test_products_are_exact_after_very_long_moves_that_were_taken_back(n, width):
+    """check() allows 1e-9, where moves of 1e6 that are added and taken away lose 1e-10 each."""
+    X, y = problem(n, 4)
+    fitted = trainer(width, shift=0.8, damping=0.05, max_iter=2).fit(X, y)
+    search, rng = fitted._search, np.random.default_rng(0)
+    for _ in range(60):
+        mark = search.mark()
+        search.advance(1e6 * rng.standard_normal(n), no_lap)
+        search.undo(mark)
+    fitted.check()
+    fitted.set_params(warm_start=True, max_iter=5).fit(X, -y).check()
+
+
+def test_moves_beyond_float32_leave_lazy_steps_dense_steps():
+    X, y = problem(12, 5)
+    options = {"shift": 0.5, "damping": 0.05, "max_iter": 3}
+    for scale, rtol in ((1e-9, 1e-5), (1e40, 1e-9), (1e100, 1e-9)):  # 1e-9 is lost in products
+        lazy, dense = (
+            trainer(600, search=search, **options).fit(X, scale * y) for search in ("lazy", "dense")
+        )
+        np.testing.assert_allclose(values_of(lazy), values_of(dense), rtol=rtol)
+
+
+def test_later_steps_look_at_few_neurons():
+    X, y = problem(16, 16)
+    lazy, tree = (trainer(1 << 16, search=search).fit(X, y) for search in ("lazy", "tree"))
+    first, *_, last = values_of(lazy, "looked_at")[1:]
+    assert first > lazy.n_live_ / 4 and last < first / 100
+    assert (values_of(tree, "looked_at") > lazy.n_live_).all()
+    np.testing.assert_allclose(values_of(lazy), values_of(tree), rtol=1e-6, atol=1e-11)
+
+
+@pytest.mark.parametrize("n, d, width, shift", [(12, 16, 1 << 15, 2.0), (4, 4, 1 << 14, 2.0)])
+def test_of_neurons_active_on_one_point_only_those_that_flip_are_looked_at(n, d, width, shift):
+    X, y = problem(n, d)
+    begun, stepped = (trainer(width, shift=shift, max_iter=steps).fit(X, y) for steps in (0, 1))
+    points = np.bincount(begun.active_sets()[1], minlength=width)
+    one, several = np.count_nonzero(points == 1), np.count_nonzero(points > 1)
+    assert one > 4 * several
+    record = stepped.history_[1]
+    assert 0 < record["flips"] <= record["looked_at"] <= record["flips"] + several
+    stepped.check()
+
+
+@pytest.mark.parametrize("margin", [0.05, sublin.MARGIN])
+def test_rows_made_anew_have_the_same_bits_for_any_number_of_threads(margin, monkeypatch):
+    monkeypatch.setattr(sublin, "MARGIN", margin)
+    X, y = problem(40, 8)
+    one, many = with_threads(lambda: trainer(4 * sublin.BLOCK, shift=1.0).fit(X, y))
+    assert one._search.placed_anew == many._search.placed_anew > 1000
+    np.testing.assert_array_equal(values_of(one), values_of(many))
+    np.testing.assert_array_equal(one.weights(), many.weights())
+
+
+@core
+def test_every_pair_may_flip_in_one_step_and_again():
+    X, options = [[1.0], [-1.0]], {"shift": 0.0, "damping": "auto", "warm_start": True}
+    fitted = trainer(2000, max_iter=3, **options).fit(X, [1e3, -1e3])
+    for sign in (-1.0, 1.0):
+        fitted.set_params(max_iter=1).fit(X, [sign * 1e6, -sign * 1e6])
+        assert fitted.history_[-1]["flips"] >= fitted._search.n_live
+        fitted.check()
+
+
+def spoilt(name, value):
+    """Overwrites what a row holds, or what its first pair does."""
+
+    def spoil(search):
+        rows, *others = search._live
+        certain = np.isfinite(search._live.certificates) & (rows["active"] < rows["count"])
+        q = np.flatnonzero(certain & (rows["margin"] < sublin.ENDURANCE / 2))[0]
+        arrays = dict(zip(search._live._fields[1:], others, strict=True))
+        array = arrays.get(name, rows[name] if name in rows.dtype.names else None)
+        place = q if name in (*rows.dtype.names, "certificates") else rows["start"][q]
+        array[place] = value(array[place])
+
+    return spoil
+
+
+def late_certificate(search):
+    search._live.certificates[search._live.rows["active"] > 0] = 0.5 * search._moments.distance
+
+
+def point_twice(search):
+    rows = search._live.rows
+    first = rows["start"][np.flatnonzero(rows["count"] > rows["active"])[0]]
+    search._live.points[first + 1] = search._live.points[first]
+
+
+LATE = "a pair can flip before its certificate ends"
+
+
+@core
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (spoilt("certificates", lambda certificate: np.inf), LATE),
+        (spoilt("slack", lambda slack: 50.0), LATE),
+        (late_certificate, "a certificate is late"),
+        (point_twice, "a point is in a row twice"),
+        (spoilt("margin", lambda margin: 50.0), "a product within the margin is not in the row"),
+        (spoilt("products", lambda product: product + 1e-6), "a product of a row is wrong"),
+        (spoilt("looked", lambda looked: looked + 1 if looked < 2 else 0), "a product of a row"),
+        (spoilt("active", lambda active: active + 1), "active"),
+        (spoilt("active", lambda active: active - 1), "active"),
+        (lambda search: search.counts.__iadd__(1), "counts are wrong"),
+        (lambda search: setattr(search, "changing", 0), "the number of neurons that move is wrong"),
+        (lambda search: search._sums.__iadd__(1e-6), "a product of a row is wrong"),
+        (lambda search: search._ledger.looks.clear(), "an active pair is missed or made up"),
+    ],
+)
+def test_check_notices_a_spoilt_row(spoil, message):
+    fitted = trainer(400, shift=1.5, max_iter=2).fit(*problem(6, 8))
+    fitted.check()
+    spoil(fitted._search)
+    with pytest.raises(AssertionError, match=message):
+        fitted.check()
+
+
+# ==================================================================================================
+# Scaling
+# ==================================================================================================
+
+scalings = pytest.mark.parametrize("normalize", ["lift", "rows"])
 
 
 def scaled_by_hand(X, normalize, like):
@@ -1372,17 +1689,18 @@ def scaled_by_hand(X, normalize, like):
 
 
 @core
-@pytest.mark.parametrize("normalize", ["lift", "rows"])
-@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
+@scalings
+@inits
 @searches
 def test_normalised_training_is_training_on_data_scaled_by_hand(normalize, init, search):
     rng = np.random.default_rng(0)
     X, y = 3 + 5 * rng.standard_normal((6, 4)), 100 + 20 * rng.standard_normal(6)
-    fitted = trainer(512, normalize=normalize, init=init, search=search, tol=1e-8).fit(X, y)
-    by_hand = trainer(512, init=init, search=search, tol=1e-8)
+    options = {"init": init, "search": search, "tol": 1e-8}
+    fitted = trainer(512, normalize=normalize, **options).fit(X, y)
+    by_hand = trainer(512, **options)
     by_hand.fit(scaled_by_hand(X, normalize, X), (y - y.mean()) / y.std())
     assert fitted.converged_
-    np.testing.assert_allclose(residuals_of(fitted), residuals_of(by_hand), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(values_of(fitted), values_of(by_hand), rtol=1e-6, atol=1e-9)
     new = rng.standard_normal((7, 4))
     expected = by_hand.predict(scaled_by_hand(new, normalize, X)) * y.std() + y.mean()
     np.testing.assert_allclose(fitted.predict(new), expected, rtol=1e-6)
@@ -1390,13 +1708,38 @@ def test_normalised_training_is_training_on_data_scaled_by_hand(normalize, init,
 
 
 @core
-@pytest.mark.parametrize("normalize", ["lift", "rows"])
-def test_constant_columns_are_harmless(normalize):
+@scalings
+@pytest.mark.parametrize(
+    "unit", [2.0**-10, 2.0**10, 1e-300, 1e-9, 1e9, 1.7e308, 2.0**-600, 2.0**600]
+)
+def test_units_of_the_data_do_not_matter(normalize, unit):
     rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((6, 5)), rng.standard_normal(6)
-    X[:, [1, 3]] = 7.1, 0.0
-    fitted = trainer(1000, normalize=normalize, tol=1e-8).fit(X, y)
-    np.testing.assert_allclose(fitted.predict(X), y, atol=1e-6)
+    X, y, new = rng.uniform(-1, 1, (8, 4)), rng.uniform(-1, 1, 8), rng.uniform(-1, 1, (5, 4))
+    plain = trainer(1000, normalize=normalize, tol=1e-8).fit(X, y)
+    for x_unit, y_unit in ((unit, 1.0), (1.0, unit), (unit, unit)):
+        with np.errstate(over="raise" if unit < 1e200 else "warn", invalid="raise"):
+            scaled = trainer(1000, normalize=normalize, tol=1e-8).fit(x_unit * X, y_unit * y)
+            found = scaled.predict(x_unit * new) / y_unit
+        assert scaled.converged_
+        if 2.0**-10 <= unit <= 2.0**10 and np.log2(unit) % 1 == 0:
+            np.testing.assert_array_equal(found, plain.predict(new))
+            np.testing.assert_array_equal(values_of(scaled), values_of(plain))
+        np.testing.assert_allclose(found, plain.predict(new), rtol=1e-6, atol=1e-9)
+
+
+@core
+@scalings
+def test_values_of_constant_columns_have_no_effect(normalize):
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((8, 3)), rng.standard_normal(8)
+    constant = np.column_stack([X, np.full(8, 0.1), np.zeros(8), np.full(8, -1e300), 7.1 * y**0])
+    fitted = trainer(1000, normalize=normalize, tol=1e-8).fit(constant, y)
+    assert fitted.converged_
+    np.testing.assert_allclose(fitted.predict(constant), y, atol=1e-6)
+    moved = constant + np.array([0, 0, 0, 5, 7, 1e299, -1])
+    np.testing.assert_array_equal(fitted.predict(moved), fitted.predict(constant))
+    without = trainer(1000, normalize=normalize, tol=1e-8).fit(X, y)
+    assert without.converged_
 
 
 @core
@@ -1404,30 +1747,6 @@ def test_lift_tells_parallel_rows_apart():
     X, y = np.array([[1.0], [2.0], [-1.0], [-2.0]]), np.array([1.0, -1.0, 2.0, 5.0])
     fitted = trainer(2000, normalize="lift", shift=0.5, tol=1e-8).fit(X, y)
     np.testing.assert_allclose(fitted.predict(X), y, atol=1e-6)
-
-
-@core
-@pytest.mark.parametrize("normalize", ["lift", "rows"])
-@pytest.mark.parametrize("unit", [2.0**-10, 2.0**10])
-def test_units_of_the_data_do_not_matter(normalize, unit):
-    rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((6, 4)), rng.standard_normal(6)
-    fitted = trainer(512, normalize=normalize, max_iter=3).fit(X, y)
-    other = trainer(512, normalize=normalize, max_iter=3).fit(X * unit, y / unit)
-    np.testing.assert_array_equal(residuals_of(other), residuals_of(fitted))
-    np.testing.assert_array_equal(other.predict(X * unit) * unit, fitted.predict(X))
-
-
-@core
-@pytest.mark.parametrize("unit", [2.0**-600, 2.0**600])
-def test_lift_takes_data_and_targets_whose_squares_overflow_or_vanish(unit):
-    X, y = problem(6, 4)
-    expected = trainer(512, normalize="lift", max_iter=3).fit(X, y)
-    for x_unit, y_unit in ((unit, 1.0), (1.0, unit)):
-        with np.errstate(over="raise", invalid="raise"):
-            found = trainer(512, normalize="lift", max_iter=3).fit(X * x_unit, y * y_unit)
-            np.testing.assert_allclose(residuals_of(found), residuals_of(expected), rtol=1e-9)
-            np.testing.assert_allclose(found.predict(X * x_unit), expected.predict(X) * y_unit, rtol=1e-9)
 
 
 @core
@@ -1447,294 +1766,16 @@ def test_a_single_point_is_learned_in_every_scaling_that_can_hold_it():
         np.testing.assert_allclose(fitted.predict(X), 5.0)
 
 
-# ======================================================================================================================
-# Trainer: singular systems
-# ======================================================================================================================
-
-
 @core
-@pytest.mark.parametrize("solver", ["cholesky", "sketch", "richardson"])
-def test_coinciding_points_are_named(solver):
-    X, y = problem(6, 5)
-    X[4] = X[1]
-    with pytest.raises(
-        np.linalg.LinAlgError, match=r"singular: points 1 and 4 coincide \(1 such pairs\).*distinct points.*damping > 0"
-    ):
-        trainer(512, solver=solver).fit(X, y)
-
-
-@core
-@pytest.mark.parametrize("solver", ["cholesky", "sketch", "richardson", "cg"])
-def test_points_without_active_neurons_are_named(solver):
-    with pytest.raises(
-        np.linalg.LinAlgError, match=r"6 of 6 points have no active neuron, the first is point 0; use a larger width"
-    ):
-        trainer(512, solver=solver, shift=30.0).fit(*problem(6, 5))
-
-
-@core
-@pytest.mark.parametrize("solver", ["cholesky", "sketch", "richardson"])
-def test_too_few_active_neurons_are_counted(solver):
-    with pytest.raises(
-        np.linalg.LinAlgError, match=r"6 points share 2 active neurons of 2, too few.*smaller shift, or damping > 0"
-    ):
-        trainer(2, solver=solver, shift=-9.0).fit(*problem(6, 2))
-
-
-@core
-@pytest.mark.parametrize("solver", ["cholesky", "sketch", "richardson", "cg", "gradient"])
-def test_damping_makes_singular_systems_trainable(solver):
-    X, y = problem(6, 5)
-    X[4], y[4] = X[1], y[1]
-    fitted = trainer(512, solver=solver, damping=1e-3, max_iter=5).fit(X, y)
-    assert residuals_of(fitted)[-1] < 0.9
-
-
-@pytest.mark.parametrize("damping", [0.0, 0.01])
-def test_an_earlier_factor_serves_while_few_pairs_flip(damping, monkeypatch):
-    X, y = problem(16, 8)
-    expected = trainer(4096, shift=1.0, damping=damping, max_iter=8).fit(X, y)
-    assert all(record["inner_iterations"] == 0 for record in expected.history_)
-    monkeypatch.setattr(sublin, "REUSE", 2)
-    fitted = trainer(4096, shift=1.0, damping=damping, max_iter=8).fit(X, y)
-    assert fitted.history_[1]["inner_iterations"] == 0 < fitted.history_[-1]["inner_iterations"] <= 10
-    np.testing.assert_allclose(residuals_of(fitted), residuals_of(expected), rtol=1e-6, atol=1e-11)
-    np.testing.assert_allclose(fitted.weights(), expected.weights(), atol=1e-9)
-    monkeypatch.setattr(sublin, "STALE", 0)  # also where it does not serve, and is made anew
-    fitted = trainer(4096, shift=1.0, damping=damping, max_iter=8).fit(X, y)
-    np.testing.assert_allclose(residuals_of(fitted), residuals_of(expected), rtol=1e-6, atol=1e-11)
-
-
-@core
-def test_conjugate_gradients_that_cannot_converge_say_so():
-    X, y = problem(12, 2)
-    with pytest.raises(np.linalg.LinAlgError, match=r"conjugate gradients .*singular.*damping > 0"):
-        trainer(4, shift=-9.0, init="gaussian", solver="cg").fit(X, y)
-
-
-@core
-def test_richardson_that_cannot_converge_says_so():
-    X, y = problem(12, 8)
-    with pytest.raises(np.linalg.LinAlgError, match=r"does not converge with sketch_size=14: .*larger sketch_size"):
-        trainer(1024, solver="richardson", sketch_size=14, shift=0.5).fit(X, y)
-
-
-# ======================================================================================================================
-# Theory
-# ======================================================================================================================
-
-
-@core
-def test_default_shift_is_that_of_theorem_g2():
-    assert default_shift(65536) == pytest.approx(np.sqrt(0.48 * np.log(65536)))
-    assert default_shift(65536) == pytest.approx(2.307243, abs=1e-6)
-    assert default_shift(100, alpha=0.0) == pytest.approx(np.sqrt(0.5 * np.log(100)))
-    assert default_shift(1) == 0.0
-    for width in (2, 100, 10**6):
-        for alpha in (0.0, 0.04, 0.9):
-            assert norm.sf(default_shift(width, alpha)) <= width ** (-(1 - alpha) / 4)
-    assert trainer(300, alpha=0.3, max_iter=0).fit(*problem(3, 3)).shift_ == default_shift(300, 0.3)
-
-
-@core
-def test_separability_equals_brute_force():
-    X, _ = problem(9, 3)
-    pairs = [(i, j) for i in range(9) for j in range(i)]
-    expected = min(np.linalg.norm(X[i] + sign * X[j]) for i, j in pairs for sign in (-1, 1))
-    assert separability(X) == pytest.approx(expected, rel=1e-14)
-
-
-@core
-def test_separability_of_close_coinciding_opposite_and_single_points():
-    x = np.array([0.6, 0.8])
-    nearby = unit_rows([[0.6 + 1e-11, 0.8]])[0]
-    assert separability([x, nearby]) == pytest.approx(np.linalg.norm(x - nearby), rel=1e-12)
-    assert 0 < separability([x, nearby]) < 1e-11
-    assert separability([x, [1.0, 0.0], x]) == 0.0
-    assert separability([x, [1.0, 0.0], -x]) == 0.0
-    assert separability([x]) == np.inf
-
-
-@core
-@pytest.mark.parametrize("shift", [-1.3, 0.0, 0.7, 2.0])
-def test_shifted_ntk_equals_the_normal_probabilities_of_scipy(shift):
-    X, _ = problem(5, 3)
-    H = shifted_ntk(X, shift)
-    for i in range(5):
-        for j in range(i):
-            rho = X[i] @ X[j]
-            both = multivariate_normal.cdf([-shift, -shift], cov=[[1, rho], [rho, 1]])
-            assert H[i, j] == pytest.approx(rho * both, abs=1e-7)
-    np.testing.assert_allclose(np.diag(H), norm.sf(shift), rtol=1e-13)
-    np.testing.assert_allclose(H, H.T, rtol=0, atol=1e-15)
-
-
-@core
-@pytest.mark.parametrize("shift", [-0.8, 0.0, 0.8])
-def test_shifted_ntk_of_coinciding_opposite_and_orthogonal_points(shift):
-    H = shifted_ntk(np.array([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), shift)
-    alone = norm.sf(shift)
-    opposite = max(0.0, norm.cdf(-shift) - norm.cdf(shift))  # P(shift <= Z <= -shift)
-    np.testing.assert_allclose(H[0], [alone, alone, -opposite, 0.0], atol=1e-14)
-
-
-def test_shifted_ntk_is_the_mean_gram_matrix_of_wide_networks():
-    X, y = problem(5, 4)
-    width, shift = 200_000, 0.9
-    W, signs, _ = start(X, y, width, init="gaussian")
-    active = (X @ W.T >= shift).astype(float)
-    G = (X @ X.T) * (active @ active.T) / width
-    H = shifted_ntk(X, shift)
-    assert np.abs(G - H).max() < 5 * 0.5 / np.sqrt(width)  # a mean of indicators has a deviation of at most 1/2
-    np.testing.assert_allclose(sparse_jacobian(X, active > 0, signs).gram(), G, atol=1e-13)
-
-
-@core
-@pytest.mark.parametrize("shift", [-0.8, 0.0, 1.5])
-def test_smallest_ntk_eigenvalue_of_orthogonal_coinciding_and_close_points(shift):
-    assert smallest_ntk_eigenvalue(np.eye(4), shift) == pytest.approx(norm.sf(shift), rel=1e-13)
-    assert abs(smallest_ntk_eigenvalue(np.ones((3, 1)), shift)) < 1e-14
-    close = np.array([[1.0, 0.0], [np.cos(0.1), np.sin(0.1)]])
-    both = multivariate_normal.cdf([-shift, -shift], cov=[[1, np.cos(0.1)], [np.cos(0.1), 1]])
-    assert smallest_ntk_eigenvalue(close, shift) == pytest.approx(norm.sf(shift) - np.cos(0.1) * both, abs=1e-6)
-
-
-@core
-def test_ntk_eigenvalue_bounds_are_those_of_theorem_2_13():
-    low, high = ntk_eigenvalue_bounds(np.eye(5), 1.2)
-    assert high == pytest.approx(np.exp(-0.72))
-    assert low == pytest.approx(np.exp(-0.72) * np.sqrt(2) / 2500)
-    assert ntk_eigenvalue_bounds([[1.0, 0.0], [-1.0, 0.0]], 0.0) == (0.0, 1.0)
-
-
-# ======================================================================================================================
-# Trainer: damping
-# ======================================================================================================================
-
-REAL = {
-    "digits": lambda: (lambda X, labels: (X, np.where(labels % 2, 1.0, -1.0)))(*load_digits(return_X_y=True)),
-    "diabetes": lambda: load_diabetes(return_X_y=True),
-    "breast cancer": lambda: load_breast_cancer(return_X_y=True),
-    "wine": lambda: load_wine(return_X_y=True),
-}
-# Hard for a pure step: targets that few neurons must fit, so that most steps overshoot.
-HARD = {"shift": 1.2, "damping": "auto", "max_iter": 12}
-
-
-def hard_problem(seed=0):
-    X, _ = problem(14, 2, seed)
-    return X, 300.0 * np.random.default_rng(seed + 1).standard_normal(14)
-
-
-def never_rises(fitted):
-    residuals = residuals_of(fitted)
-    return bool(np.all(np.diff(residuals) <= 0)) and np.isfinite(residuals).all()
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_real_data_are_fitted_with_a_residual_that_never_rises(name):
-    X, y = REAL[name]()
-    fitted = SublinearTrainer(1 << 14, shift=1.0, tol=1e-3, max_iter=100, random_state=0).fit(X, y)
-    assert fitted.converged_ and never_rises(fitted)
-    default = SublinearTrainer(1 << 14, max_iter=8, random_state=0).fit(X, y)
-    assert never_rises(default) and default.residual_ < 0.6
-
-
-@pytest.mark.parametrize("name", ["digits", "breast cancer", "wine"])
-def test_real_data_without_centring_are_fitted_with_a_residual_that_never_rises(name):
-    X, y = REAL[name]()
-    X, y = unit_rows(X)[:300], (y - y.mean())[:300]
-    assert never_rises(SublinearTrainer(1 << 12, normalize=None, max_iter=12, random_state=0).fit(X, y))
-
-
-@core
-@searches
-@solvers
-def test_adaptive_damping_never_lets_the_residual_rise(search, solver):
-    X, y = hard_problem()
-    size = 600 if solver == "richardson" else None
-    fitted = trainer(300, search=search, solver=solver, sketch_size=size, **HARD).fit(X, y)
-    assert never_rises(fitted) and fitted.n_iter_ > 1
-    assert_consistent(X, fitted)
-    fitted.check()
-
-
-@core
-@searches
-def test_hard_problems_reject_steps_and_searches_take_the_same_ones(search):
-    X, y = hard_problem()
-    expected = trainer(300, search="dense", **HARD).fit(X, y)
-    assert sum(record["rejected"] for record in expected.history_) > 0
-    fitted = trainer(300, search=search, **HARD).fit(X, y)
-    np.testing.assert_allclose(residuals_of(fitted), residuals_of(expected), rtol=1e-6)
-    for key in ("rejected", "flips", "changed"):
-        assert [record[key] for record in fitted.history_] == [record[key] for record in expected.history_]
-
-
-@core
-@searches
-@pytest.mark.parametrize("width, shift, scale", [(300, 1.2, 300.0), (64, 0.0, 1.0), (400, 1.5, 0.1)])
-def test_a_step_taken_back_leaves_every_bit_as_it_was(search, width, shift, scale):
-    X, y = problem(12, 3)
-    fitted = trainer(width, search=search, shift=shift, damping=0.1, max_iter=2).fit(X, y)
-    found = fitted._search
-    weights, active, outputs = fitted.weights(), fitted.active_sets(), found.outputs.copy()
-    step = scale * np.random.default_rng(0).standard_normal(len(X))
-    for _ in range(2):
-        found.remember()
-        assert found.advance(step, lambda phase: None) > 0
-        assert not np.array_equal(fitted.weights(), weights)
-        found.undo()
-        np.testing.assert_array_equal(fitted.weights(), weights)
-        np.testing.assert_array_equal(found.outputs, outputs)
-        for array, expected in zip(fitted.active_sets(), active, strict=True):
-            np.testing.assert_array_equal(array, expected)
-        fitted.check()
-    untouched = trainer(width, search=search, shift=shift, damping=0.1, max_iter=2).fit(X, y)
-    for trained in (fitted, untouched):
-        trained._search.advance(step, lambda phase: None)
-    np.testing.assert_allclose(fitted.weights(), untouched.weights(), rtol=1e-12, atol=1e-12)
-
-
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    n=st.integers(1, 30),
-    d=st.integers(1, 6),
-    width=st.integers(1, 200),
-    shift=st.floats(-1, 2),
-    scale=st.floats(-3, 3),
-    seed=st.integers(0, 1000),
-)
-def test_lazy_and_dense_damp_alike_in_every_regime(n, d, width, shift, scale, seed):
-    X, y = problem(n, d, seed)
-    options = {"damping": "auto", "shift": shift, "max_iter": 6, "random_state": seed, "tol": 1e-6}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lazy, dense = (trainer(2 * width, search=search, **options).fit(X, 10.0**scale * y) for search in ("lazy", "dense"))
-    lazy.check()
-    assert never_rises(lazy) and never_rises(dense)
-    # Where the Gram matrix is nearly singular, rounding decides whether a step is taken; then only the first ones agree.
-    count = min(len(lazy.history_), len(dense.history_), 3)
-    np.testing.assert_allclose(residuals_of(lazy)[:count], residuals_of(dense)[:count], rtol=1e-3, atol=1e-6)
-
-
-@core
-def test_damping_fades_so_that_convergence_stays_superlinear():
-    X, y = problem(10, 8)
-    pure, damped = (trainer(4096, damping=damping).fit(X, y) for damping in (0.0, "auto"))
-    assert damped.converged_ and damped.n_iter_ <= pure.n_iter_ + 1
-    exponents = np.log(residuals_of(damped)[2:]) / np.log(residuals_of(damped)[1:-1])
-    assert exponents[-1] > 1.5
-
-
-@core
-@searches
-def test_a_singular_gram_matrix_is_damped_not_refused(search):
-    X, y = problem(6, 4)
-    X[3], y[3] = X[2], y[2]
-    with pytest.raises(np.linalg.LinAlgError, match=r"points 2 and 3 coincide"):
-        trainer(2000, search=search, shift=0.5).fit(X, y)
-    assert trainer(2000, search=search, shift=0.5, damping="auto", tol=1e-6).fit(X, y).converged_
+def test_predictions_are_finite_wherever_the_data_are():
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((8, 4)), rng.standard_normal(8)
+    X[:, 2] = 1e-300
+    fitted = trainer(500, normalize="lift").fit(1e-3 * X, y)
+    far = np.full((1, 4), 1e6)
+    expected = fitted.predict(far)
+    for scale in (1e50, 1e150, 1e200, 1e302):
+        np.testing.assert_allclose(fitted.predict(scale * far), expected, rtol=1e-3)
 
 
 @core
@@ -1743,10 +1784,10 @@ def test_coinciding_points_with_other_targets_bound_the_residual_and_are_named(d
     X, y = problem(8, 4)
     X[5] = X[1]
     bound = np.sqrt(2) * abs(y[5] - y[1]) / 2 / np.linalg.norm(y)
-    message = rf"2 rows of X coincide with rows that have other targets, the first are 1 and 5.* below {bound:.3g}; merge"
-    with pytest.warns(UserWarning, match=message):
+    message = "2 rows of X coincide with rows that have other targets, the first are 1 and 5"
+    with pytest.warns(UserWarning, match=rf"{message}.* below {bound:.3g}; merge"):
         fitted = trainer(2000, shift=0.5, damping=damping, max_iter=40).fit(X, y)
-    assert bound <= fitted.residual_ <= 1.01 * bound
+    assert bound * (1 - 1e-12) <= fitted.residual_ <= 1.01 * bound
 
 
 @core
@@ -1754,134 +1795,281 @@ def test_coinciding_points_with_equal_targets_are_no_reason_to_warn():
     X, y = problem(8, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fitted = trainer(2000, shift=0.5, damping="auto", tol=1e-5).fit(np.vstack([X, X]), np.append(y, y))
-    assert fitted.converged_
+        fitted = trainer(2000, shift=0.5, damping="auto", tol=1e-5)
+        assert fitted.fit(np.vstack([X, X]), np.append(y, y)).converged_
 
 
 @core
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"shift": 3.0, "width": 64}, r"\d points have no active neuron \(the first is \d\).*lower shift, or raise width"),
-        ({"max_iter": 1}, r"it was still falling; raise max_iter"),
-        ({"shift": 0.0, "width": 8, "max_iter": 60}, r"it has stopped falling; lower shift or raise width"),
-    ],
-)
-def test_warnings_say_which_knob_to_turn_and_in_which_direction(options, message):
-    X, y = problem(12, 3)
-    with pytest.warns(ConvergenceWarning, match=message):
-        trainer(**{"damping": "auto", "width": 512, **options}).fit(X, y)
-
-
-def test_warnings_need_no_scikit_learn():
-    code = (
-        "import sys, warnings, numpy as np, sublin\n"
-        "warnings.simplefilter('error', sublin.ConvergenceWarning)\n"
-        "try:\n"
-        "    sublin.SublinearTrainer(64, max_iter=1).fit(np.eye(4), [1, 2, 3, 4])\n"
-        "except sublin.ConvergenceWarning:\n"
-        "    print('sklearn' in sys.modules)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
-    assert run.stdout == "False\n"
-
-
-# ======================================================================================================================
-# Trainer: any finite data
-# ======================================================================================================================
-
-
-@core
-@pytest.mark.parametrize("normalize", ["lift", "rows"])
-@pytest.mark.parametrize("scale", [1e-300, 1e-9, 1e9, 1.7e308])
-def test_units_and_offsets_of_the_data_do_not_matter(normalize, scale):
-    rng = np.random.default_rng(0)
-    X, y = rng.uniform(-1, 1, (8, 4)), rng.uniform(-1, 1, 8)
-    plain = trainer(1000, normalize=normalize, tol=1e-8).fit(X, y)
-    scaled = trainer(1000, normalize=normalize, tol=1e-8).fit(scale * X, scale * y)
-    new = rng.uniform(-1, 1, (5, 4))
-    assert scaled.converged_
-    np.testing.assert_allclose(scaled.predict(scale * new) / scale, plain.predict(new), rtol=1e-6, atol=1e-9)
-
-
-@core
-def test_values_of_constant_columns_have_no_effect():
-    rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((8, 3)), rng.standard_normal(8)
-    constant = np.column_stack([X, np.full(8, 0.1), np.zeros(8), np.full(8, -1e300)])
-    fitted, expected = trainer(500, normalize="lift").fit(constant, y), trainer(500, normalize="lift").fit(X, y)
-    assert fitted.converged_ and expected.converged_
-    moved = constant + np.array([0, 0, 0, 5, 7, 1e299])
-    np.testing.assert_array_equal(fitted.predict(moved), fitted.predict(constant))
-
-
-# ======================================================================================================================
-# Trainer: scikit-learn's conventions
-# ======================================================================================================================
-
-
-@parametrize_with_checks([SublinearTrainer(1024, shift=0.5)])
-def test_scikit_learn_accepts_the_trainer(estimator, check):
+@searches
+def test_what_no_step_can_reduce_does_not_blow_up_the_dual_step(search):
+    X, y = problem(20, 4)
+    X[1], X[3] = X[0], X[2]
+    options = {"search": search, "shift": 0.5, "damping": "auto", "tol": 0.0, "max_iter": 30}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        check(estimator)
+        warnings.simplefilter("ignore")
+        fitted = trainer(2000, **options).fit(X, y)
+    bound = np.sqrt(((y[0] - y[1]) ** 2 + (y[2] - y[3]) ** 2) / 2) / np.linalg.norm(y)
+    assert fitted.residual_ == pytest.approx(bound, rel=1e-6)
+    fitted.check()
 
 
-def test_the_trainer_works_in_pipelines_and_searches():
-    X, y = load_diabetes(return_X_y=True)
-    X, y = X[:80], y[:80]
-    model = SublinearTrainer(512, shift=0.0, damping=1e-2, tol=1e-2, max_iter=5, random_state=0)
-    scores = cross_val_score(make_pipeline(StandardScaler(), model), X, y, cv=3)
-    assert scores.shape == (3,) and np.isfinite(scores).all()
-    found = GridSearchCV(model, {"width": [128, 256], "shift": [0.0, 0.5]}, cv=2).fit(X, y)
-    assert found.best_params_["width"] in (128, 256) and isinstance(found.best_estimator_, SublinearTrainer)
-    many = MultiOutputRegressor(model).fit(X, np.column_stack([y, -y]))
-    assert many.predict(X[:5]).shape == (5, 2)
-
-
-class Frame:
-    """As much of a data frame as the trainer looks at."""
-
-    def __init__(self, values, columns):
-        self.values, self.columns, self.shape = values, columns, values.shape
-
-    def __array__(self, dtype=None, copy=None):
-        return np.asarray(self.values, dtype)
-
-    def __len__(self):
-        return len(self.values)
+# ==================================================================================================
+# Saving
+# ==================================================================================================
 
 
 @core
-def test_features_are_counted_and_named():
-    X, y = problem(6, 3)
-    fitted = trainer(200, normalize="lift", max_iter=1).fit(Frame(X, ["a", "b", "c"]), y)
-    assert fitted.n_features_in_ == 3 and list(fitted.feature_names_in_) == ["a", "b", "c"]
-    np.testing.assert_array_equal(fitted.predict(Frame(X, ["a", "b", "c"])), fitted.predict(Frame(X, ["a", "b", "c"])))
-    with pytest.raises(ValueError, match=r"(?s)should match.*unseen at fit time:\n- d\n.*now missing:\n- c\n"):
-        fitted.predict(Frame(X, ["a", "b", "d"]))
-    with pytest.raises(ValueError, match="must be in the same order"):
-        fitted.predict(Frame(X, ["b", "a", "c"]))
-    with pytest.warns(UserWarning, match="X does not have valid feature names"):
-        fitted.predict(X)
-    fitted.fit(X, y)
-    assert not hasattr(fitted, "feature_names_in_")
-    with pytest.warns(UserWarning, match="X has feature names, but"):
-        fitted.predict(Frame(X, ["a", "b", "c"]))
+@searches
+@inits
+@pytest.mark.parametrize("normalize", ["lift", "rows", None])
+def test_loaded_trainers_predict_to_the_bit_and_train_on(search, init, normalize, tmp_path):
+    X, y = problem(10, 3)
+    new = problem(7, 3, seed=3)[0]
+    options = {"shift": 0.5, "search": search, "init": init, "normalize": normalize, "max_iter": 3}
+    random = {"random_state": np.random.default_rng(0), "callback": print, "damping": 0.05}
+    fitted = trainer(200, **options, **random).fit(X, y)
+    fitted.save(tmp_path / "net.npz")
+    loaded = SublinearTrainer.load(tmp_path / "net.npz")
+    np.testing.assert_array_equal(loaded.predict(new), fitted.predict(new))
+    np.testing.assert_array_equal(loaded.weights(), fitted.weights())
+    np.testing.assert_array_equal(loaded.signs_, fitted.signs_)
+    assert_all_equal(loaded.active_sets(), fitted.active_sets())
+    assert loaded.history_ == fitted.history_ and loaded.callback is None
+    assert options.items() <= loaded.get_params().items() and loaded.width == 200
+    loaded.check()
+    loaded.save(tmp_path / "again.npz")
+    again = SublinearTrainer.load(tmp_path / "again.npz")
+    np.testing.assert_array_equal(again.predict(new), fitted.predict(new))
+    for trained in (loaded, fitted):
+        trained.set_params(warm_start=True, max_iter=3, callback=None).fit(X, y)
+    np.testing.assert_allclose(loaded.weights(), fitted.weights(), atol=1e-9)
+    loaded.check()
 
 
 @core
-def test_a_column_of_targets_is_taken_with_a_warning():
-    X, y = problem(6, 3)
-    with pytest.warns(DataConversionWarning, match=r"column-vector y was passed.*pass y.ravel\(\)"):
-        column = trainer(200, max_iter=2).fit(X, y[:, None])
-    np.testing.assert_array_equal(column.predict(X), trainer(200, max_iter=2).fit(X, y).predict(X))
+@searches
+@inits
+def test_predictions_after_loading_do_not_depend_on_numpys_generator(
+    search, init, tmp_path, monkeypatch
+):
+    X, y = problem(10, 3)
+    fitted = trainer(200, search=search, init=init, max_iter=3, damping=0.05).fit(X, y)
+    expected = fitted.predict(X)
+    fitted.save(tmp_path / "net")
+    another = lambda start, block, number: np.random.default_rng(block + number)  # noqa: E731
+    monkeypatch.setattr(sublin._Start, "_stream", another)
+    loaded = SublinearTrainer.load(tmp_path / "net")
+    np.testing.assert_array_equal(loaded.predict(X), expected)
+    if init == "antisymmetric" and search != "dense":
+        message = "NumPy's generator has changed since this network was saved"
+        with pytest.raises(ValueError, match=message):
+            loaded.weights()
+    else:
+        assert loaded.weights().shape == (200, 3)
 
 
 @core
-def test_trainers_that_are_not_fitted_raise_what_scikit_learn_expects():
+def test_saved_files_hold_no_more_than_live_neurons(tmp_path):
+    fitted = trainer(20000, shift=2.5, max_iter=1, damping=1.0).fit(*problem(6, 3))
+    fitted.save(tmp_path / "net")
+    assert (tmp_path / "net").stat().st_size < 8 * 3 * fitted.n_live_ + 20000
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Bytes of a saved trainer."""
+    path = tmp_path_factory.mktemp("saved") / "net.npz"
+    trainer(200, shift=0.5, max_iter=2, damping=0.05).fit(*problem(10, 3)).save(path)
+    return path.read_bytes()
+
+
+@core
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_files_of_the_former_format_are_read_and_later_ones_refused(saved, version, tmp_path):
+    path, X = tmp_path / "net", problem(10, 3)[0]
+    path.write_bytes(saved)
+    expected = SublinearTrainer.load(path)
+    arrays = dict(np.load(path))
+    about = json.loads(arrays["about"].tobytes())
+    about["format"] = f"sublin network, version {version}"
+    about |= {"digest": 64 * "0"} if version == 1 else {}
+    arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+    if version == 3:
+        refuses(path, "its format is 'sublin network, version 3'")
+        return
+    loaded = SublinearTrainer.load(path)
+    np.testing.assert_array_equal(loaded.predict(X), expected.predict(X))
+    loaded.set_params(warm_start=True).fit(*problem(10, 3)).check()
+
+
+def refuses(path, why=""):
+    message = "path must be a file written by SublinearTrainer.save, but .* is damaged or foreign"
+    with pytest.raises(ValueError, match=rf"{message}.*{why}"):
+        SublinearTrainer.load(path)
+
+
+def test_truncated_files_are_refused(saved, tmp_path):
+    for length in {0, 1, 100, *np.linspace(0, len(saved) - 1, 60).astype(int)}:
+        (tmp_path / "net").write_bytes(saved[:length])
+        refuses(tmp_path / "net")
+
+
+def test_files_with_a_flipped_bit_are_refused_or_harmless(saved, tmp_path):
+    path, X, refused = tmp_path / "net", problem(10, 3)[0], 0
+    path.write_bytes(saved)
+    expected = SublinearTrainer.load(path).predict(X)
+    for place in np.random.default_rng(0).integers(len(saved) * 8, size=400):
+        damaged = bytearray(saved)
+        damaged[place // 8] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            found = SublinearTrainer.load(path).predict(X)
+        except ValueError as error:
+            assert "damaged or foreign" in str(error)
+            refused += 1
+        else:  # a date, say
+            np.testing.assert_array_equal(found, expected)
+    assert refused > 300
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return os.abort, ()
+
+
+@core
+def test_foreign_files_are_refused_and_never_run(saved, tmp_path):
+    path = tmp_path / "net.npz"
+    for content in (b"", b"hello", pickle.dumps(Trap()), saved[::-1]):
+        path.write_bytes(content)
+        refuses(path)
+    np.save(tmp_path / "array.npy", np.ones(3))
+    refuses(tmp_path / "array.npy")
+    about = np.frombuffer(json.dumps({"format": sublin.FORMAT}).encode(), np.uint8)
+    ones, trap = np.ones(3), np.array([Trap()], dtype=object)
+    for arrays in ({"X": ones}, {"about": about}, {"about": trap}, {"about": about, "X": trap}):
+        np.savez(path, **arrays)
+        refuses(path)
+
+
+@core
+def test_missing_files_and_folders_raise_what_python_raises(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        SublinearTrainer.load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError):
+        trainer(64, max_iter=0).fit(*problem(5, 3)).save(tmp_path / "none" / "net")
     with pytest.raises(NotFittedError, match="not fitted yet"):
-        SublinearTrainer().predict(X5)
+        SublinearTrainer().save(tmp_path / "net")
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_file(tmp_path):
+    code = """if True:
+        import sys
+        import numpy as np
+        from sublin import SublinearTrainer
+
+        rng = np.random.default_rng(0)
+        net = SublinearTrainer(1 << 15, max_iter=1, shift=1.0, damping=1.0, random_state=0)
+        net.fit(rng.standard_normal((20, 8)), rng.standard_normal(20))
+        net.save(sys.argv[1] + ".first")  # compiles what is not in the cache
+        print("ready", flush=True)
+        while True:
+            net.save(sys.argv[1])
+    """
+    path, rng, whole = tmp_path / "net.npz", np.random.default_rng(0), 0
+    for _ in range(6):
+        run = [sys.executable, "-W", "ignore", "-c", code, str(path)]
+        with subprocess.Popen(run, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(rng.uniform(0.02, 0.3))
+            process.kill()
+        if path.exists():
+            assert SublinearTrainer.load(path).n_iter_ == 1
+            whole += 1
+    assert whole >= 4
+
+
+@core
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "net"
+    fitted = trainer(64, max_iter=0).fit(*problem(5, 3))
+    fitted.save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(np, "savez", Broken(np.savez, 1, OSError("no space left"), after=True))
+    with pytest.raises(OSError, match="no space left"):
+        fitted.save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["net"]
+
+
+@core
+@searches
+def test_networks_without_live_neurons_are_saved_and_loaded(search, tmp_path):
+    X, y = problem(6, 3)
+    fitted = trainer(64, shift=30.0, search=search, damping="auto", max_iter=1).fit(X, y)
+    fitted.save(tmp_path / "net")
+    np.testing.assert_array_equal(SublinearTrainer.load(tmp_path / "net").predict(X), np.zeros(6))
+
+
+@core
+def test_options_set_after_fit_do_not_change_what_is_saved(tmp_path):
+    X, y = problem(10, 9)
+    fitted = trainer(200, shift=0.5, max_iter=2, damping=0.1).fit(X, y)
+    expected = fitted.predict(X)
+    fitted.set_params(init="gaussian", width=100, normalize="rows", shift=2.0)
+    fitted.save(tmp_path / "net")
+    np.testing.assert_array_equal(SublinearTrainer.load(tmp_path / "net").predict(X), expected)
+    with pytest.raises(ValueError, match="search must be one of"):
+        fitted.set_params(search="Lazy").save(tmp_path / "net")
+
+
+# ==================================================================================================
+# Trainer
+# ==================================================================================================
+
+PHASES = {"seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update"}
+KEYS = {"iteration", "residual", "loss", "active", "changed", "looked_at", "flips", "operations"}
+KEYS |= {"inner_iterations", "damping", "rejected"}
+
+
+@core
+@searches
+@solvers
+def test_history_is_complete_and_true(search, solver):
+    (X, y), options = PROBLEMS["plain"]
+    seen, masks = [], []
+    fitted = trainer(search=search, solver=solver, max_iter=4, damping=0.01, **options)
+
+    def watch(record):
+        seen.append(record)
+        masks.append(Net.of(fitted, X).active)
+
+    fitted.set_params(callback=watch).fit(X, y)
+    assert seen == fitted.history_
+    assert [record["iteration"] for record in seen] == list(range(fitted.n_iter_ + 1))
+    assert fitted.n_live_ == masks[0].any(axis=0).sum()
+    assert fitted.residual_ == seen[-1]["residual"] and fitted.init_seconds_ > 0
+    for record, before, after in zip(seen, [None, *masks[:-1]], masks, strict=True):
+        assert set(record) == KEYS | PHASES | {"seconds"}
+        assert record["seconds"] == pytest.approx(sum(record[phase] for phase in PHASES))
+        assert record["active"] == after.sum() / len(X)
+        assert record["changed"] == (0 if before is None else before.any(axis=0).sum())
+        assert record["flips"] == (0 if before is None else (before != after).sum())
+        assert record["damping"] == 0.01 and record["operations"] > 0
+
+
+@searches
+def test_a_callback_that_looks_at_the_network_changes_no_record(search):
+    X, y = problem(6, 5)
+    fitted = trainer(512, search=search, max_iter=4).fit(X, y)
+    watched = trainer(512, search=search, max_iter=4)
+    look = lambda record: (watched.weights(), watched.predict(X), watched.active_sets())  # noqa: E731
+    watched.set_params(callback=look).fit(X, y)
+    for key in KEYS:
+        np.testing.assert_array_equal(values_of(watched, key), values_of(fitted, key))
 
 
 @core
@@ -1889,64 +2077,25 @@ def test_loss_curve_is_half_the_mean_squared_error():
     X, y = problem(8, 3)
     y, seen = 40.0 + 5.0 * y, []
     fitted = trainer(300, normalize="lift", max_iter=3)
-    fitted.set_params(callback=lambda record: seen.append(0.5 * np.mean((fitted.predict(X) - y) ** 2))).fit(X, y)
+    loss = lambda record: seen.append(0.5 * np.mean((fitted.predict(X) - y) ** 2))  # noqa: E731
+    fitted.set_params(callback=loss).fit(X, y)
     np.testing.assert_allclose(fitted.loss_curve_, seen, rtol=1e-6)
 
 
 @core
-def test_representation_names_what_is_not_default():
-    assert repr(SublinearTrainer(64, solver="cg")) == "SublinearTrainer(width=64, solver='cg')"
+def test_max_iter_zero_leaves_the_start_in_silence():
+    X, y = problem(4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = trainer(100, max_iter=0).fit(X, y)
+    assert fitted.n_iter_ == 0 and len(fitted.history_) == 1 and not fitted.converged_
+    np.testing.assert_array_equal(fitted.weights(), fitted.weights().astype(np.float32))
 
 
 @core
-@searches
-@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
-def test_warm_starts_go_on_from_the_last_weights(search, init):
-    X, y = problem(10, 3)
-    options = {"width": 200, "shift": 0.5, "search": search, "init": init, "damping": 0.05}
-    whole = trainer(max_iter=6, **options).fit(X, y)
-    parts = trainer(max_iter=3, warm_start=True, **options).fit(X, y).fit(X, y)
-    np.testing.assert_allclose(parts.weights(), whole.weights(), rtol=1e-9, atol=1e-9)
-    assert [record["iteration"] for record in parts.history_] == list(range(7))
-    np.testing.assert_allclose(residuals_of(parts), residuals_of(whole), rtol=1e-9)
-    parts.check()
-
-
-@core
-@searches
-@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
-@pytest.mark.parametrize("before", SEARCHES)
-def test_warm_starts_go_on_with_other_points_and_searches(search, init, before):
-    X, y = problem(10, 3)
-    more, targets = problem(16, 3, seed=5)
-    options = {"width": 200, "shift": 0.8, "init": init, "damping": 0.05, "max_iter": 3, "warm_start": True}
-    fitted = trainer(search=before, **options).fit(X, y)
-    weights, signs = fitted.weights(), fitted.signs_
-    fitted.set_params(search=search, max_iter=0).fit(more, targets)
-    np.testing.assert_allclose(fitted.weights(), weights, atol=1e-12)
-    np.testing.assert_array_equal(fitted.signs_, signs)
-    fitted.check()
-    fitted.set_params(max_iter=4).fit(more, targets)
-    *_, (residual, expected) = dense_training(more, targets, weights, signs, fitted.shift_, 4, damping=0.05)
-    assert fitted.residual_ == pytest.approx(residual, rel=1e-6)
-    np.testing.assert_allclose(fitted.weights(), expected, atol=1e-8)
-    np.testing.assert_allclose(fitted.predict(X), dense_outputs(X, expected, signs, fitted.shift_), atol=1e-8)
-    fitted.check()
-
-
-@core
-@pytest.mark.parametrize("changed", [{"width": 64}, {"init": "gaussian"}, {"shift": 0.1}])
-def test_warm_starts_refuse_another_network(changed):
-    X, y = problem(6, 3)
-    fitted = trainer(100, shift=0.5, warm_start=True, max_iter=1).fit(X, y)
-    name = next(iter(changed))
-    with pytest.raises(ValueError, match=rf"{name} must stay .* for warm_start=True.*, got .*; use warm_start=False"):
-        fitted.set_params(**changed).fit(X, y)
-
-
-# ======================================================================================================================
-# Trainer: long runs
-# ======================================================================================================================
+def test_training_stops_at_the_tolerance():
+    fitted = trainer(512, tol=1e-3).fit(*problem(6, 5))
+    assert fitted.converged_ and fitted.history_[-2]["residual"] > 1e-3 >= fitted.residual_
 
 
 @core
@@ -1959,81 +2108,67 @@ def test_a_callback_that_returns_true_stops_training():
     fitted.check()
 
 
-class Interrupted:
-    """A method that is interrupted by SIGINT at its k-th call, once it has done its work, or before."""
-
-    def __init__(self, method, k, early):
-        self.method, self.left, self.early = method, k, early
-
-    def __get__(self, instance, owner):
-        def call(*arguments):
-            self.left -= 1
-            if self.left == 0 and self.early:
-                os.kill(os.getpid(), signal.SIGINT)
-            found = self.method(instance, *arguments)
-            if self.left == 0 and not self.early:
-                os.kill(os.getpid(), signal.SIGINT)
-            return found
-
-        return call
+@core
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_iter": 1}, r"1 steps is above tol=1e-09: it was still falling; raise max_iter"),
+        ({"max_iter": 1, "damping": 0.0}, r"it was still falling; raise max_iter"),
+        (
+            {"shift": 3.0, "width": 64},
+            r"\d points have no active neuron \(the first is \d\).*lower shift, or raise width",
+        ),
+        (
+            {"shift": 0.0, "width": 8, "max_iter": 60},
+            r"it has stopped falling; lower shift or raise width",
+        ),
+    ],
+)
+def test_warnings_say_which_knob_to_turn_and_in_which_direction(options, message):
+    with pytest.warns(ConvergenceWarning, match=message):
+        fitted = trainer(**{"damping": "auto", "width": 512, **options}).fit(*problem(12, 3))
+    assert not fitted.converged_ and fitted.n_iter_ <= options.get("max_iter", 50)
 
 
 @core
-@searches
-@pytest.mark.parametrize("early", [True, False])
-def test_an_interrupt_in_a_step_waits_for_its_end_and_goes_on_to_the_caller(search, early, monkeypatch):
-    X, y = problem(8, 4)
-    kind = sublin.SEARCHES[search]
-    monkeypatch.setattr(kind, "advance", Interrupted(kind.advance, 2, early))
-    fitted = trainer(400, search=search, damping="auto")
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        fitted.fit(X, y)
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert fitted.n_iter_ == 2 and len(fitted.history_) == 3
-    fitted.check()
-    np.testing.assert_allclose(fitted.predict(X) - y, fitted._search.outputs - y, atol=1e-12)
+def test_training_that_overflows_stops_and_warns(monkeypatch):
+    far = lambda solver, residual: (-1e250 * residual, 0)  # noqa: E731
+    monkeypatch.setattr(sublin._Cholesky, "solve", far)
+    message = r'(inf|nan) after 1 steps.*"auto"'
+    with np.errstate(over="ignore"), pytest.warns(ConvergenceWarning, match=message):
+        trainer(512).fit(*problem(6, 5))
 
 
 @core
-def test_an_interrupt_from_the_callback_leaves_the_trainer_usable():
-    X, y = problem(8, 4)
-
-    def interrupt(record):
-        if record["iteration"] == 1:
-            raise KeyboardInterrupt
-
-    fitted = trainer(400, callback=interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        fitted.fit(X, y)
-    assert fitted.n_iter_ == 1
-    fitted.check()
-    fitted.set_params(callback=None, warm_start=True).fit(X, y)
-    assert fitted.converged_
+def test_either_kind_of_convergence_warning_can_be_filtered():
+    for category in (ConvergenceWarning, sublin.ConvergenceWarning):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", category)
+            trainer(64, max_iter=1).fit(*problem(6, 3))
 
 
-def test_interrupts_at_any_moment_of_a_run_leave_a_whole_network():
-    code = (
-        "import signal, sys, threading, time, os, numpy as np\n"
-        "from sublin import SublinearTrainer\n"
-        "rng = np.random.default_rng(0)\n"
-        "X, y = rng.standard_normal((60, 8)), rng.standard_normal(60)\n"
-        "for k in range(12):\n"
-        "    net = SublinearTrainer(1 << 12, shift=1.0, tol=0.0, max_iter=10**6, random_state=0, damping=1e-3)\n"
-        "    delay = rng.uniform(0, 0.08)\n"
-        "    started = threading.Event()\n"
-        "    net.callback = lambda record: started.set()\n"
-        "    interrupt = lambda: (started.wait(), time.sleep(delay), os.kill(os.getpid(), signal.SIGINT))\n"
-        "    threading.Thread(target=interrupt).start()\n"
-        "    try:\n"
-        "        net.fit(X, y)\n"
-        "    except KeyboardInterrupt:\n"
-        "        net.check()\n"
-        "        assert len(net.history_) == net.n_iter_ + 1\n"
-        "        print('whole')\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
-    assert run.stdout.split() == ["whole"] * 12, run.stderr
+def test_warnings_need_no_scikit_learn():
+    code = """if True:
+        import sys, warnings, numpy as np, sublin
+        warnings.simplefilter("error", sublin.ConvergenceWarning)
+        try:
+            sublin.SublinearTrainer(64, max_iter=1).fit(np.eye(4), [1, 2, 3, 4])
+        except sublin.ConvergenceWarning:
+            print("sklearn" in sys.modules)
+    """
+    assert printed_by(code, warn="default") == "False\n"
+
+
+@core
+def test_verbose_prints_a_line_for_each_step(capsys):
+    fitted = trainer(512, verbose=1, max_iter=2).fit(*problem(6, 5))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(fitted.history_) == 3
+    for record, line in zip(fitted.history_, lines, strict=True):
+        assert f"residual {record['residual']:.2e}" in line
+    trainer(512, max_iter=2).fit(*problem(6, 5))
+    assert capsys.readouterr().out == ""
 
 
 @core
@@ -2067,612 +2202,696 @@ def test_verbose_shows_bars_where_tqdm_is_installed(monkeypatch, capsys):
 @core
 def test_drawing_neurons_reports_its_progress(monkeypatch, capsys):
     monkeypatch.setattr(sublin, "BLOCK", 64)
-    monkeypatch.setattr(sublin.time, "perf_counter", iter(np.arange(0.0, 1e6, 2.0)).__next__)
+    clock = iter(np.arange(0.0, 1e6, 2.0)).__next__
+    monkeypatch.setattr(sublin.time, "perf_counter", clock)
     trainer(256, verbose=1, max_iter=0).fit(*problem(6, 5))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [f"drawing neurons: {share:4.0%}" for share in (0.25, 0.5, 0.75, 1.0)]
 
 
-# ======================================================================================================================
-# Trainer: save and load
-# ======================================================================================================================
+@core
+@searches
+def test_parameters_set_after_fit_leave_the_fitted_network_alone(search):
+    X, y = problem(4, 3)
+    fitted = trainer(100, search=search, max_iter=2).fit(X, y)
+    expected = fitted.predict(X), fitted.weights(), fitted.signs_
+    fitted.set_params(width=40, init="gaussian", search="dense", normalize="lift")
+    assert_all_equal((fitted.predict(X), fitted.weights(), fitted.signs_), expected)
+
+
+@core
+@pytest.mark.parametrize(
+    "X_bad", [[[np.nan, 1.0]], [[3.0, 4.0]]], ids=["not finite", "zero once centred"]
+)
+def test_a_refused_fit_leaves_the_fitted_network_alone(X_bad):
+    X, y = problem(4, 2)
+    options = {"init": "gaussian", "shift": 0.0, "normalize": "rows", "random_state": None}
+    fitted = trainer(60, max_iter=1, **options).fit(X, y)
+    predicted, signs = fitted.predict(X), fitted.signs_
+    with pytest.raises(ValueError, match="X"):
+        fitted.fit(X_bad, [1.0])
+    assert_all_equal((fitted.predict(X), fitted.signs_), (predicted, signs))
+
+
+@core
+@pytest.mark.parametrize("normalize", [None, "rows", "lift"])
+def test_fit_returns_the_trainer_and_leaves_its_inputs_alone(normalize):
+    X, y = problem(5, 4)
+    X_copy, y_copy = X.copy(), y.copy()
+    for array in (X, y):
+        array.setflags(write=False)
+    model = trainer(200, normalize=normalize, max_iter=2, damping=1e-3)
+    assert model.fit(X, y) is model
+    model.predict(X)
+    model.score(X, y)
+    assert_all_equal((X, y), (X_copy, y_copy))
+
+
+@core
+def test_fit_takes_lists_and_any_order_of_memory():
+    X, y = problem(5, 4)
+    expected = trainer(100, normalize="lift", max_iter=2).fit(X, y).weights()
+    strided = np.asfortranarray(X), np.repeat(y, 2)[::2]
+    for X_same, y_same in ((X.tolist(), y.tolist()), strided):
+        found = trainer(100, normalize="lift", max_iter=2).fit(X_same, y_same).weights()
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_predictions_do_not_depend_on_how_many_are_made_at_once():
+    X, y = problem(6, 5)
+    fitted = trainer(512, max_iter=1).fit(X, y)
+    new, _ = problem(3000, 5, seed=1)
+    expected = Net.of(fitted, new[-7:]).outputs
+    np.testing.assert_allclose(fitted.predict(new)[-7:], expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(fitted.predict(new[-7:]), expected, rtol=1e-9, atol=1e-12)
+
+
+@core
+def test_score_is_the_coefficient_of_determination():
+    fitted = trainer(512, max_iter=1).fit(*problem(6, 5))
+    new, targets = problem(8, 5, seed=1)
+    assert fitted.score(new, targets) == pytest.approx(r2_score(targets, fitted.predict(new)))
+
+
+# ---- Damping -------------------------------------------------------------------------------------
+
+# Hard for a pure step: targets that few neurons must fit, so that most steps overshoot.
+HARD = {"shift": 1.2, "damping": "auto", "max_iter": 12}
+
+
+def hard_problem():
+    X, y = problem(14, 2)
+    return X, 300.0 * y
+
+
+def never_rises(fitted):
+    residuals = values_of(fitted)
+    return bool(np.all(np.diff(residuals) <= 0)) and np.isfinite(residuals).all()
 
 
 @core
 @searches
-@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
-@pytest.mark.parametrize("normalize", ["lift", "rows", None])
-def test_loaded_trainers_predict_to_the_bit_and_train_on(search, init, normalize, tmp_path, monkeypatch):
-    X, y = problem(10, 3)
-    new = problem(7, 3, seed=3)[0]
-    options = {"width": 200, "shift": 0.5, "search": search, "init": init, "normalize": normalize, "damping": 0.05}
-    fitted = trainer(max_iter=3, random_state=np.random.default_rng(0), callback=print, **options).fit(X, y)
-    fitted.save(tmp_path / "net.npz")
-    loaded = SublinearTrainer.load(tmp_path / "net.npz")
-    np.testing.assert_array_equal(loaded.predict(new), fitted.predict(new))
-    np.testing.assert_array_equal(loaded.weights(), fitted.weights())
-    np.testing.assert_array_equal(loaded.signs_, fitted.signs_)
-    for array, expected in zip(loaded.active_sets(), fitted.active_sets(), strict=True):
-        np.testing.assert_array_equal(array, expected)
-    assert loaded.history_ == fitted.history_ and loaded.get_params()["width"] == 200 and loaded.callback is None
-    loaded.check()
-    loaded.save(tmp_path / "again.npz")
-    np.testing.assert_array_equal(SublinearTrainer.load(tmp_path / "again.npz").predict(new), fitted.predict(new))
-    for trained in (loaded, fitted):
-        trained.set_params(warm_start=True, max_iter=3, callback=None).fit(X, y)
-    np.testing.assert_allclose(loaded.weights(), fitted.weights(), atol=1e-9)
-    loaded.check()
-
-
-@core
-@searches
-@pytest.mark.parametrize("init", ["antisymmetric", "gaussian"])
-def test_predictions_after_loading_do_not_depend_on_numpys_generator(search, init, tmp_path, monkeypatch):
-    X, y = problem(10, 3)
-    fitted = trainer(200, search=search, init=init, max_iter=3, damping=0.05).fit(X, y)
-    expected = fitted.predict(X)
-    fitted.save(tmp_path / "net")
-
-    def another_generator(seed, block, count, d, init):
-        count = count // 2 if init == "antisymmetric" else count
-        return np.full((count, d), 0.25, np.float32), np.ones(2 * count, np.int8)
-
-    monkeypatch.setattr(sublin, "_starting_vectors", another_generator)
-    loaded = SublinearTrainer.load(tmp_path / "net")
-    np.testing.assert_array_equal(loaded.predict(X), expected)
-    if init == "antisymmetric" and search != "dense":
-        with pytest.raises(ValueError, match="NumPy's generator has changed since this network was saved"):
-            loaded.weights()
-    else:
-        assert loaded.weights().shape == (200, 3)
-
-
-@core
-def test_saved_files_hold_no_more_than_live_neurons(tmp_path):
-    X, y = problem(6, 3)
-    fitted = trainer(20000, shift=2.5, max_iter=1, damping=1.0).fit(X, y)
-    fitted.save(tmp_path / "net")
-    assert (tmp_path / "net").stat().st_size < 8 * 3 * fitted.n_live_ + 20000
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Bytes of a saved trainer."""
-    path = tmp_path_factory.mktemp("saved") / "net.npz"
-    trainer(200, shift=0.5, max_iter=2, damping=0.05).fit(*problem(10, 3)).save(path)
-    return path.read_bytes()
-
-
-def refuses(path):
-    with pytest.raises(
-        ValueError, match=r"path must be a file written by SublinearTrainer.save, but .* is damaged or foreign"
-    ):
-        SublinearTrainer.load(path)
-
-
-def test_truncated_files_are_refused(saved, tmp_path):
-    for length in {0, 1, 100, *np.linspace(0, len(saved) - 1, 60).astype(int)}:
-        (tmp_path / "net").write_bytes(saved[:length])
-        refuses(tmp_path / "net")
-
-
-def test_files_with_a_flipped_bit_are_refused_or_harmless(saved, tmp_path):
-    X = problem(10, 3)[0]
-    (tmp_path / "net").write_bytes(saved)
-    expected, rng, refused = SublinearTrainer.load(tmp_path / "net").predict(X), np.random.default_rng(0), 0
-    for place in rng.integers(len(saved) * 8, size=400):
-        damaged = bytearray(saved)
-        damaged[place // 8] ^= 1 << (place % 8)
-        (tmp_path / "net").write_bytes(damaged)
-        try:
-            found = SublinearTrainer.load(tmp_path / "net").predict(X)
-        except ValueError as error:
-            assert "damaged or foreign" in str(error)
-            refused += 1
-        else:  # a date, say
-            np.testing.assert_array_equal(found, expected)
-    assert refused > 300
-
-
-class Trap:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self):
-        return os.abort, ()
-
-
-def test_foreign_files_are_refused_and_never_run(saved, tmp_path):
-    path = tmp_path / "net"
-    for content in (b"", b"hello", pickle.dumps(Trap()), saved[::-1]):
-        path.write_bytes(content)
-        refuses(path)
-    np.save(tmp_path / "array.npy", np.ones(3))
-    refuses(tmp_path / "array.npy")
-    np.savez(tmp_path / "other.npz", X=np.ones(3))
-    refuses(tmp_path / "other.npz")
-    about = np.frombuffer(json.dumps({"format": sublin.FORMAT, "digest": "0"}).encode(), np.uint8)
-    np.savez(tmp_path / "about.npz", about=about)
-    refuses(tmp_path / "about.npz")
-    np.savez(tmp_path / "trap.npz", about=np.array([Trap()], dtype=object))
-    refuses(tmp_path / "trap.npz")
-
-
-def test_missing_files_and_folders_raise_what_python_raises(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        SublinearTrainer.load(tmp_path / "none")
-    with pytest.raises(FileNotFoundError):
-        trainer(64, max_iter=0).fit(X5, Y5).save(tmp_path / "none" / "net")
-    with pytest.raises((AttributeError, NotFittedError), match="not fitted yet"):
-        SublinearTrainer().save(tmp_path / "net")
-
-
-def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_file(tmp_path):
-    code = (
-        "import sys\n"
-        "import numpy as np\n"
-        "from sublin import SublinearTrainer\n"
-        "rng = np.random.default_rng(0)\n"
-        "net = SublinearTrainer(1 << 15, max_iter=1, shift=1.0, damping=1.0, random_state=0)\n"
-        "net.fit(rng.standard_normal((20, 8)), rng.standard_normal(20))\n"
-        "net.save(sys.argv[1] + '.first')\n"  # compiles what is not in the cache
-        "print('ready', flush=True)\n"
-        "while True:\n"
-        "    net.save(sys.argv[1])\n"
-    )
-    path, rng, whole = tmp_path / "net.npz", np.random.default_rng(0), 0
-    for _ in range(6):
-        run = [sys.executable, "-W", "ignore", "-c", code, str(path)]
-        with subprocess.Popen(run, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(rng.uniform(0.02, 0.3))
-            process.kill()
-        if path.exists():
-            assert SublinearTrainer.load(path).n_iter_ == 1
-            whole += 1
-    assert whole >= 4
-
-
-@core
-def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "net"
-    fitted = trainer(64, max_iter=0).fit(X5, Y5)
-    fitted.save(path)
-    before = path.read_bytes()
-
-    def full(*arguments, **arrays):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(OSError, match="no space left"):
-        fitted.save(path)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["net"]
-
-
-# ======================================================================================================================
-# Trainer: cases that have gone wrong
-# ======================================================================================================================
-
-
-@core
-def test_rows_are_widened_by_what_is_counted_for_them():
-    X, y = problem(12, 3)
-    options = {"shift": 0.8, "damping": 0.05, "max_iter": 2, "warm_start": True}
-    for scale in np.geomspace(0.1, 10, 8):
-        fitted = trainer(600, **options).fit(X, y).fit(X[::-1], scale * y)
-        assert fitted._search.n_live == fitted.n_live_
-        fitted.check()
-
-
-@core
-def test_the_journal_has_room_for_a_flip_of_every_pair():
-    fitted = trainer(2000, shift=0.0, damping="auto", max_iter=3, warm_start=True).fit([[1.0], [-1.0]], [1e3, -1e3])
-    fitted.set_params(max_iter=1).fit([[1.0], [-1.0]], [-1e6, 1e6])
-    assert fitted.history_[-1]["flips"] > fitted._search._used
+@solvers
+def test_adaptive_damping_never_lets_the_residual_rise(search, solver):
+    X, y = hard_problem()
+    size = 600 if solver == "richardson" else None
+    options = {"search": search, "solver": solver, "sketch_size": size, **HARD}
+    fitted = trainer(300, **options).fit(X, y)
+    assert never_rises(fitted) and fitted.n_iter_ > 1
+    assert_consistent(X, fitted)
     fitted.check()
 
 
 @core
-@pytest.mark.parametrize("n, d, width, shift", [(2, 2, 2000, 0.5), (4, 4, 4000, 1.0), (30, 3, 400, 0.5)])
-def test_undo_restores_the_active_sets_after_long_steps(n, d, width, shift):
-    for seed in range(90, 100):
-        X, _ = problem(n, d, seed=seed)
-        fitted = trainer(width, shift=shift, random_state=seed, max_iter=0).fit(X, np.full(n, 100.0))
-        search, rng = fitted._search, np.random.default_rng(seed)
-        search.advance(0.1 * rng.standard_normal(n), lambda phase: None)
-        outputs, sets = search.outputs.copy(), search.active_sets()
-        for _ in range(2):
-            search.remember()
-            search.advance(30 * rng.standard_normal(n), lambda phase: None)
-            search.undo()
-            for now, before in zip(search.active_sets(), sets, strict=True):
-                np.testing.assert_array_equal(now, before)
-            np.testing.assert_array_equal(search.outputs, outputs)
-            fitted.residual_ = fitted._relative_residual()
-            fitted.check()
+def test_hard_problems_reject_steps_and_searches_take_the_same_ones():
+    fits = [trainer(300, search=search, **HARD).fit(*hard_problem()) for search in SEARCHES]
+    assert values_of(fits[0], "rejected").sum() > 0
+    for fitted in fits[1:]:
+        np.testing.assert_allclose(values_of(fitted), values_of(fits[0]), rtol=1e-6)
+        for key in ("rejected", "flips", "changed"):
+            np.testing.assert_array_equal(values_of(fitted, key), values_of(fits[0], key))
 
 
-def test_moves_beyond_float32_leave_lazy_steps_dense_steps():
-    X, y = problem(12, 5)
-    options = {"shift": 0.5, "damping": 0.05, "max_iter": 3}
-    for scale in (1e-9, 1e40, 1e100):
-        lazy, dense = (trainer(600, search=search, **options).fit(X, scale * y) for search in ("lazy", "dense"))
-        residuals = [[step["residual"] for step in fitted.history_] for fitted in (lazy, dense)]
-        np.testing.assert_allclose(*residuals, rtol=1e-6)
-
-
-@core
-def test_warm_starts_from_targets_of_zero_at_other_points():
-    X, y = problem(12, 3)
-    fitted = trainer(600, shift=0.8, damping="auto", warm_start=True).fit(X, y)
-    Z, _ = problem(9, 3, seed=5)
-    for scale in (0.0, 1e-30, 1e3):
-        fitted.fit(Z, scale * np.ones(9)).fit(X, y).check()
-
-
-@core
-def test_flips_are_written_down_only_while_a_step_may_be_taken_back():
-    X, y = problem(30, 5)
-    fitted = trainer(400, shift=0.5, damping="auto", max_iter=2, warm_start=True, tol=0.0).fit(X, y)
-    assert fitted._search._journal is None
-    fitted.set_params(damping=0.01).fit(X, -y)
-    assert fitted._search._journal is None
-    fitted.check()
-
-
-@core
-def test_steps_with_coinciding_points_and_wide_rows_are_taken_back_to_the_bit():
-    X, y = problem(30, 5)
-    X[10:20] = X[:10]
-    fitted = trainer(400, shift=0.5, damping=0.1, max_iter=1).fit(X, y)
-    weights = fitted.weights()
-    fitted._search.remember()
-    fitted._search.advance(100.0 * y, lambda phase: None)
-    assert fitted._search.widened > 0
-    fitted._search.undo()
-    np.testing.assert_array_equal(fitted.weights(), weights)
-    fitted.check()
-
-
-@core
-@searches
-def test_what_no_step_can_reduce_does_not_blow_up_the_dual_step(search):
-    X, y = problem(20, 4)
-    X[1], X[3] = X[0], X[2]
+@thorough
+@given(
+    n=st.integers(1, 30),
+    d=st.integers(1, 6),
+    width=st.integers(1, 200),
+    shift=st.floats(-1, 2),
+    scale=st.floats(-3, 3),
+    seed=st.integers(0, 1000),
+)
+def test_lazy_and_dense_damp_alike_in_every_regime(n, d, width, shift, scale, seed):
+    X, y = problem(n, d, seed)
+    options = {"damping": "auto", "shift": shift, "max_iter": 6, "random_state": seed, "tol": 1e-6}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fitted = trainer(2000, search=search, shift=0.5, damping="auto", tol=0.0, max_iter=30).fit(X, y)
-    bound = np.sqrt(((y[0] - y[1]) ** 2 + (y[2] - y[3]) ** 2) / 2) / np.linalg.norm(y)
-    assert fitted.residual_ == pytest.approx(bound, rel=1e-6)
-    fitted.check()
+        lazy, dense = (
+            trainer(2 * width, search=search, **options).fit(X, 10.0**scale * y)
+            for search in ("lazy", "dense")
+        )
+    lazy.check()
+    assert never_rises(lazy) and never_rises(dense)
+    # Where the Gram matrix is nearly singular, rounding decides whether a step is taken; then only
+    # the first ones agree.
+    same = min(len(lazy.history_), len(dense.history_), 3)
+    found, expected = values_of(lazy)[:same], values_of(dense)[:same]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+
+
+@core
+def test_damping_fades_so_that_convergence_stays_superlinear():
+    X, y = problem(10, 8)
+    pure, damped = (trainer(4096, damping=damping).fit(X, y) for damping in (0.0, "auto"))
+    assert damped.converged_ and damped.n_iter_ <= pure.n_iter_ + 1
+    exponents = np.log(values_of(damped)[2:]) / np.log(values_of(damped)[1:-1])
+    assert exponents[-1] > 1.5
 
 
 @core
 @searches
-def test_networks_without_live_neurons_are_saved_and_loaded(search, tmp_path):
+def test_a_singular_gram_matrix_is_damped_not_refused(search):
+    X, y = problem(6, 4)
+    X[3], y[3] = X[2], y[2]
+    with pytest.raises(np.linalg.LinAlgError, match=r"points 2 and 3 coincide"):
+        trainer(2000, search=search, shift=0.5).fit(X, y)
+    options = {"search": search, "shift": 0.5, "damping": "auto", "tol": 1e-6}
+    assert trainer(2000, **options).fit(X, y).converged_
+
+
+def odd_digits():
+    X, labels = load_digits(return_X_y=True)
+    return X, np.where(labels % 2, 1.0, -1.0)
+
+
+REAL = {
+    "digits": odd_digits,
+    "diabetes": lambda: load_diabetes(return_X_y=True),
+    "breast cancer": lambda: load_breast_cancer(return_X_y=True),
+    "wine": lambda: load_wine(return_X_y=True),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_data_are_fitted_with_a_residual_that_never_rises(name):
+    X, y = REAL[name]()
+    options = {"shift": 1.0, "tol": 1e-3, "max_iter": 100, "random_state": 0}
+    fitted = SublinearTrainer(1 << 14, **options).fit(X, y)
+    assert fitted.converged_ and never_rises(fitted)
+    default = SublinearTrainer(1 << 14, max_iter=8, random_state=0).fit(X, y)
+    assert never_rises(default) and default.residual_ < 0.6
+
+
+@pytest.mark.parametrize("name", ["digits", "breast cancer", "wine"])
+def test_real_data_without_centring_are_fitted_with_a_residual_that_never_rises(name):
+    X, y = REAL[name]()
+    X, y = unit_rows(X)[:300], (y - y.mean())[:300]
+    options = {"normalize": None, "max_iter": 12, "random_state": 0}
+    assert never_rises(SublinearTrainer(1 << 12, **options).fit(X, y))
+
+
+# ---- Warm starts ---------------------------------------------------------------------------------
+
+
+@core
+@searches
+@inits
+def test_warm_starts_go_on_from_the_last_weights(search, init):
+    X, y = problem(10, 3)
+    options = {"width": 200, "shift": 0.5, "search": search, "init": init, "damping": 0.05}
+    whole = trainer(max_iter=6, **options).fit(X, y)
+    parts = trainer(max_iter=3, warm_start=True, **options).fit(X, y).fit(X, y)
+    np.testing.assert_allclose(parts.weights(), whole.weights(), rtol=1e-9, atol=1e-9)
+    assert [record["iteration"] for record in parts.history_] == list(range(7))
+    np.testing.assert_allclose(values_of(parts), values_of(whole), rtol=1e-9)
+    parts.check()
+
+
+@core
+@searches
+@inits
+@pytest.mark.parametrize("before", SEARCHES)
+def test_warm_starts_go_on_with_other_points_and_searches(search, init, before):
+    X, y = problem(10, 3)
+    more, targets = problem(16, 3, seed=5)
+    options = {"shift": 0.8, "init": init, "damping": 0.05, "max_iter": 3, "warm_start": True}
+    fitted = trainer(200, search=before, **options).fit(X, y)
+    net = Net.of(fitted, more)
+    fitted.set_params(search=search, max_iter=0).fit(more, targets)
+    np.testing.assert_allclose(fitted.weights(), net.W, atol=1e-12)
+    np.testing.assert_array_equal(fitted.signs_, net.signs)
+    fitted.check()
+    fitted.set_params(max_iter=4).fit(more, targets)
+    *_, expected = net.steps(targets, 4, damping=0.05)
+    assert fitted.residual_ == pytest.approx(expected.residual(targets), rel=1e-6)
+    np.testing.assert_allclose(fitted.weights(), expected.W, atol=1e-8)
+    np.testing.assert_allclose(fitted.predict(X), expected._replace(X=X).outputs, atol=1e-8)
+    fitted.check()
+
+
+@core
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 0.1, 0.4, 1.4, 5.0, 1e3])
+@pytest.mark.parametrize("damping", [0.05, "auto"])
+def test_warm_starts_go_on_with_targets_of_any_size_at_points_seen_and_unseen(scale, damping):
+    X, y = problem(12, 3)
+    options = {"shift": 0.8, "damping": damping, "max_iter": 5, "warm_start": True}
+    fitted = trainer(600, **options).fit(X, y)
+    for points, targets in ((X[::-1], scale * y), (problem(9, 3, seed=5)[0], scale * np.ones(9))):
+        fitted.fit(points, targets)
+        assert fitted._search.n_live == fitted.n_live_
+        if scale > 1e-3:  # else b is too large beside the targets for what check() asks
+            fitted.check()
+        fitted.fit(X, y).check()
+
+
+@core
+@pytest.mark.parametrize(
+    "changed", [{"width": 64}, {"init": "gaussian"}, {"shift": 0.1}, {"normalize": "rows"}]
+)
+def test_warm_starts_refuse_another_network(changed):
     X, y = problem(6, 3)
-    fitted = trainer(64, shift=30.0, search=search, damping="auto", max_iter=1).fit(X, y)
-    fitted.save(tmp_path / "net")
-    np.testing.assert_array_equal(SublinearTrainer.load(tmp_path / "net").predict(X), np.zeros(6))
+    fitted = trainer(100, shift=0.5, warm_start=True, max_iter=1).fit(X, y)
+    (name,) = changed
+    message = rf"{name} must stay .* for warm_start=True.*, got .*; use warm_start=False"
+    with pytest.raises(ValueError, match=message):
+        fitted.set_params(**changed).fit(X, y)
+
+
+# ==================================================================================================
+# Conventions of scikit-learn
+# ==================================================================================================
+
+
+@parametrize_with_checks([SublinearTrainer(1024, shift=0.5)])
+def test_scikit_learn_accepts_the_trainer(estimator, check):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        check(estimator)
+
+
+def test_the_trainer_works_in_pipelines_and_searches():
+    X, y = (array[:80] for array in load_diabetes(return_X_y=True))
+    options = {"shift": 0.0, "damping": 1e-2, "tol": 1e-2, "max_iter": 5, "random_state": 0}
+    model = SublinearTrainer(512, **options)
+    scores = cross_val_score(make_pipeline(StandardScaler(), model), X, y, cv=3)
+    assert scores.shape == (3,) and np.isfinite(scores).all()
+    found = GridSearchCV(model, {"width": [128, 256], "shift": [0.0, 0.5]}, cv=2).fit(X, y)
+    assert found.best_params_["width"] in (128, 256)
+    assert isinstance(found.best_estimator_, SublinearTrainer)
+    many = MultiOutputRegressor(model).fit(X, np.column_stack([y, -y]))
+    assert many.predict(X[:5]).shape == (5, 2)
 
 
 @core
-def test_options_set_after_fit_do_not_change_what_is_saved(tmp_path):
-    X, y = problem(10, 9)
-    fitted = trainer(200, shift=0.5, max_iter=2, damping=0.1).fit(X, y)
-    expected = fitted.predict(X)
-    fitted.set_params(init="gaussian", width=100, normalize="rows", shift=2.0).save(tmp_path / "net")
-    np.testing.assert_array_equal(SublinearTrainer.load(tmp_path / "net").predict(X), expected)
-    with pytest.raises(ValueError, match="search must be one of"):
-        fitted.set_params(search="Lazy").save(tmp_path / "net")
+def test_parameters_can_be_read_set_and_cloned():
+    options = {"width": 100, "shift": 0.5, "search": "scan", "damping": 0.1, "random_state": 4}
+    model = SublinearTrainer(**options)
+    assert options.items() <= model.get_params().items()
+    assert model.set_params(width=64, solver="cg") is model
+    assert clone(model).get_params() == model.get_params()
+    assert clone(model).fit(*problem(4, 3)).weights().shape[0] == 64
+    with pytest.raises(ValueError, match="parameter must be one of"):
+        model.set_params(width=32, depth=3)
+    assert model.width == 64  # none is set if one is unknown
+    assert repr(SublinearTrainer(64, solver="cg")) == "SublinearTrainer(width=64, solver='cg')"
+
+
+class Frame:
+    """As much of a data frame as the trainer looks at."""
+
+    def __init__(self, values, columns):
+        self.values, self.columns, self.shape = values, columns, values.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+    def __len__(self):
+        return len(self.values)
 
 
 @core
-def test_predictions_are_finite_wherever_the_data_are():
-    rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((8, 4)), rng.standard_normal(8)
-    X[:, 2] = 1e-300
-    fitted = trainer(500, normalize="lift").fit(1e-3 * X, y)
-    far = np.full((1, 4), 1e6)
-    expected = fitted.predict(far)
-    for scale in (1e50, 1e150, 1e200, 1e302):
-        np.testing.assert_allclose(fitted.predict(scale * far), expected, rtol=1e-3)
+def test_features_are_counted_and_named():
+    X, y = problem(6, 3)
+    named = Frame(X, ["a", "b", "c"])
+    fitted = trainer(200, normalize="lift", max_iter=1).fit(named, y)
+    assert fitted.n_features_in_ == 3 and list(fitted.feature_names_in_) == ["a", "b", "c"]
+    expected = fitted.predict(named)
+    message = r"(?s)should match.*unseen at fit time:\n- d\n.*now missing:\n- c\n"
+    with pytest.raises(ValueError, match=message):
+        fitted.predict(Frame(X, ["a", "b", "d"]))
+    with pytest.raises(ValueError, match="must be in the same order"):
+        fitted.predict(Frame(X, ["b", "a", "c"]))
+    with pytest.warns(UserWarning, match="X does not have valid feature names"):
+        np.testing.assert_array_equal(fitted.predict(X), expected)
+    fitted.fit(X, y)
+    assert not hasattr(fitted, "feature_names_in_")
+    with pytest.warns(UserWarning, match="X has feature names, but"):
+        fitted.predict(named)
 
 
 @core
-def test_either_kind_of_convergence_warning_can_be_filtered():
-    for category in (ConvergenceWarning, sublin.ConvergenceWarning):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warnings.simplefilter("ignore", category)
-            trainer(64, max_iter=1).fit(*problem(6, 3))
+def test_a_column_of_targets_is_taken_with_a_warning():
+    X, y = problem(6, 3)
+    with pytest.warns(DataConversionWarning, match=r"column-vector y was passed.*pass y.ravel\(\)"):
+        column = trainer(200, max_iter=2).fit(X, y[:, None])
+    expected = trainer(200, max_iter=2).fit(X, y).predict(X)
+    np.testing.assert_array_equal(column.predict(X), expected)
 
 
-# ======================================================================================================================
-# Bad input
-# ======================================================================================================================
+# ==================================================================================================
+# Checks of input
+# ==================================================================================================
 
 X5, Y5 = problem(5, 3)
 NAN = np.array([[1.0, 0.0], [np.nan, 1.0]])
+FEW = np.ones((4, 3))
 
 
 def fit(X=X5, y=Y5, **options):
     return lambda: SublinearTrainer(**{"width": 64, "random_state": 0, **options}).fit(X, y)
 
 
-def fitted_trainer():
-    return trainer(64, shift=0.0, max_iter=0).fit(X5, Y5)
+def fitted(use):
+    return lambda: use(trainer(64, shift=0.0, max_iter=0).fit(X5, Y5))
 
 
-def trees():
-    return MaxTrees(np.ones((2, 3)), np.ones((20, 3)))
+def unfitted(use):
+    return lambda: use(SublinearTrainer())
 
 
-def jacobian():
-    return SparseJacobian(X5, np.ones(4), np.arange(6), [0, 1, 2, 3, 0])
+def trees(use):
+    return lambda: use(MaxTrees(np.ones((2, 3)), np.ones((20, 3))))
 
 
-BAD_INPUT = [
-    # X and y
-    (fit(X=X5[0]), ValueError, r"X must have 2 dimension\(s\), got shape \(3,\). Reshape your data: pass X\[:, None\]"),
-    (fit(X=X5[None]), ValueError, r"X must have 2 dimension\(s\), got shape \(1, 5, 3\)"),
-    (fit(X=np.ones((0, 3)), y=[]), ValueError, r"X must not be empty, but has 0 sample\(s\) \(shape=\(0, 3\)\)"),
-    (fit(X=np.ones((5, 0))), ValueError, r"X must not be empty, but has 0 feature\(s\) \(shape=\(5, 0\)\)"),
-    (fit(X=NAN, y=[1, 2]), ValueError, r"X must be finite, but X\[1, 0\] is NaN; remove or impute"),
-    (fit(X=[[1, np.inf]], y=[1]), ValueError, r"X must be finite, but X\[0, 1\] is inf"),
-    (fit(X=[["a", "b"]], y=[1]), TypeError, r"X must be an array of numbers, got dtype <U1; encode it as numbers"),
-    (
-        fit(X=[[object()]], y=[1]),
-        TypeError,
-        r"X must be an array of numbers, but of its entries: float\(\) argument must be",
-    ),
-    (fit(X=None), TypeError, r"X must be an array of numbers, got None"),
-    (fit(X=X5 + 0j), ValueError, r"Complex data not supported: X must be real; pass its real part"),
-    (
-        fit(X=scipy.sparse.csr_matrix(X5)),
-        TypeError,
-        r"X is a sparse matrix, which is not supported; pass X.toarray\(\)",
-    ),
-    (fit(X=[[1.0, 2.0], [3.0]], y=[1, 2]), ValueError, r"X must be an array, but its rows have different lengths"),
-    (fit(y=Y5[:4]), ValueError, r"y must have 5 entries, one for each row of X, got 4"),
-    (fit(y=np.ones((5, 2))), ValueError, r"y must have 1 dimension\(s\), got shape \(5, 2\)"),
-    (fit(y=None), ValueError, r"fit requires y to be passed, but the target y is None"),
-    (fit(y=[1, 2, np.nan, 4, 5]), ValueError, r"y must be finite, but y\[2\] is NaN"),
-    (fit(y=["a"] * 5), TypeError, r"y must be an array of numbers, got dtype <U1"),
-    (fit(y=Y5 * 1j), ValueError, r"Complex data not supported: y must be real"),
-    (
-        fit(X=X5 * [[1], [1], [2], [1], [1]], normalize=None),
-        ValueError,
-        r'rows of X must have length 1, but row 2 has length 2; pass X / np.linalg.norm.*normalize="rows" or "lift"',
-    ),
-    (
-        fit(X=[[1.0, 2.0]], y=[1.0], normalize="rows"),
-        ValueError,
-        r'row 0 of X is zero once columns are centred.*"lift"',
-    ),
-    # options
-    (fit(width=0), ValueError, r"width must be at least 1, got 0"),
-    (fit(width=-4), ValueError, r"width must be at least 1, got -4"),
-    (fit(width=2.5), TypeError, r"width must be an integer, got 2.5"),
-    (fit(width=True), TypeError, r"width must be an integer, got True"),
-    (fit(width="wide"), TypeError, r"width must be an integer, got 'wide'"),
-    (fit(width=65), ValueError, r'init="antisymmetric" needs an even width, got 65; use it \+- 1, or init="gaussian"'),
-    (fit(width=2**50), ValueError, r"width must be at most 1099511627776, got 1125899906842624"),
-    (fit(width=2**50, shift=40.0), ValueError, r"width must be at most"),
-    (fit(width=10**400), ValueError, r"width must be at most 1099511627776, got more than 2\^80"),
-    (fit(width=2**40, shift=0.5), MemoryError, r"[\d,.]+ GiB, but [\d,.]+ GiB are available; use fewer neurons"),
-    (fit(shift=10**400), ValueError, r"shift must be finite, got 1000"),
-    (fit(X=[[10**400, 1], [2, 3]], y=[1, 2]), ValueError, r"X must be finite, but has an integer beyond all floats"),
-    (fit(sketch_size=2**50, solver="sketch"), MemoryError, r"a sketch with sketch_size=1125899906842624 would need"),
-    (
-        fit(width=2**40, shift=0.5, search="lazy"),
-        MemoryError,
-        r"live pairs of 5 points and 1099511627776 neurons would need [\d,.]+ GiB",
-    ),
-    (fit(width=2**40, search="scan"), MemoryError, r"[\d,.]+ GiB, but"),
-    (fit(width=2**40, search="dense"), MemoryError, r"32,768\.0 GiB, but"),
-    (fit(width=2**70), ValueError, r"width must be at most"),
-    (fit(search="fast"), ValueError, r"search must be one of 'dense', 'scan', 'tree', 'lazy', got 'fast'"),
-    (fit(search=["tree"]), ValueError, r"search must be one of 'dense', 'scan', 'tree', 'lazy', got \['tree'\]"),
-    (
-        fit(solver="lu"),
-        ValueError,
-        r"solver must be one of 'cholesky', 'sketch', 'richardson', 'cg', 'gradient', got 'lu'",
-    ),
-    (fit(sketch="fft"), ValueError, r"sketch must be one of 'sparse', 'srht', 'gaussian', got 'fft'"),
-    (fit(sketch_size=0), ValueError, r"sketch_size must be at least 1, got 0"),
-    (fit(sketch_size=4, solver="sketch"), ValueError, r"sketch_size must be at least the number 5 of points, got 4"),
-    (fit(sketch_size=4, solver="richardson"), ValueError, r"sketch_size must be at least the number 5 of points"),
-    (fit(sketch_size=8.0), TypeError, r"sketch_size must be an integer, got 8.0"),
-    (fit(init="zeros"), ValueError, r"init must be one of 'antisymmetric', 'gaussian', got 'zeros'"),
-    (fit(dtype="float16"), ValueError, r"dtype must be one of 'float32', 'float64', got 'float16'"),
-    (fit(normalize="columns"), ValueError, r"normalize must be one of 'lift', 'rows'.*, got 'columns'"),
-    (fit(shift=np.nan), ValueError, r"shift must be finite, got nan"),
-    (fit(shift="big"), TypeError, r"shift must be a number or \"auto\", got 'big'"),
-    (fit(shift=np.ones(2)), TypeError, r"shift must be a number, got array"),
-    (fit(alpha=1.0), ValueError, r"alpha must be a finite number in \[0, 1\), got 1.0"),
-    (fit(alpha=-0.1), ValueError, r"alpha must be a finite number in \[0, 1\), got -0.1"),
-    (fit(damping=-1), ValueError, r"damping must be a finite number in \[0, inf\), got -1"),
-    (fit(damping=None), TypeError, r"damping must be a number, got None"),
-    (fit(damping="automatic"), TypeError, r"damping must be a number or \"auto\", got 'automatic'"),
-    (fit(damping=np.nan), ValueError, r"damping must be a finite number in \[0, inf\), got nan"),
-    (fit(verbose=3), ValueError, r"verbose must be one of 0, 1, 2, got 3"),
-    (fit(warm_start="yes"), ValueError, r"warm_start must be one of False, True, got 'yes'"),
-    (fit(tol=np.nan), ValueError, r"tol must be a finite number in \[0, inf\), got nan"),
-    (fit(tol="tight"), TypeError, r"tol must be a number, got 'tight'"),
-    (fit(max_iter=-1), ValueError, r"max_iter must be at least 0, got -1"),
-    (fit(max_iter=1.5), TypeError, r"max_iter must be an integer, got 1.5"),
-    (fit(callback=3), TypeError, r"callback must be callable, got 3"),
-    (fit(random_state=-1), ValueError, r"random_state must be at least 0, got -1"),
-    (fit(random_state=2**64), ValueError, r"random_state must be below 2\^64, got 18446744073709551616"),
-    (fit(random_state="seed"), TypeError, r"random_state must be an integer, got 'seed'"),
-    (
-        lambda: SublinearTrainer().set_params(depth=3),
-        ValueError,
-        r"parameter must be one of 'width', 'shift'.*, got 'depth'",
-    ),
-    # trained networks
-    (lambda: SublinearTrainer().predict(X5), AttributeError, r"not fitted yet; call fit\(X, y\) first"),
-    (lambda: SublinearTrainer().score(X5, Y5), AttributeError, r"not fitted yet"),
-    (lambda: SublinearTrainer().weights(), AttributeError, r"not fitted yet"),
-    (lambda: SublinearTrainer().active_sets(), AttributeError, r"not fitted yet"),
-    (lambda: SublinearTrainer().signs_, AttributeError, r"not fitted yet"),
-    (
-        lambda: fitted_trainer().predict(X5[:, :2]),
-        ValueError,
-        r"X has 2 features, but SublinearTrainer is expecting 3 features as input",
-    ),
-    (lambda: fitted_trainer().predict(X5[0]), ValueError, r"X must have 2 dimension\(s\)"),
-    (lambda: fitted_trainer().predict(2 * X5), ValueError, r"rows of X must have length 1, but row \d has length 2"),
-    (lambda: fitted_trainer().score(X5, Y5[:4]), ValueError, r"y must have 5 entries, one for each row of X, got 4"),
-    (lambda: fitted_trainer().score(X5, Y5[:1]), ValueError, r"y must have 5 entries, one for each row of X, got 1"),
-    (lambda: fitted_trainer().score(X5, np.ones(5)), ValueError, r"y must not be constant, since R\^2"),
-    # trees
-    (lambda: MaxTrees(np.ones(3), np.ones((4, 3))), ValueError, r"X must have 2 dimension\(s\), got shape \(3,\)"),
-    (lambda: MaxTrees(np.ones((2, 3)), NAN), ValueError, r"W must be finite, but W\[1, 0\] is NaN"),
-    (lambda: MaxTrees(np.ones((2, 3)), np.ones((0, 3))), ValueError, r"W must not be empty"),
-    (lambda: MaxTrees(np.ones((2, 3)), np.ones((4, 2))), ValueError, r"W has 2 columns and X has 3; they must agree"),
-    (
-        lambda: MaxTrees(np.ones((1 << 20, 1)), np.ones((1 << 20, 1))),
-        MemoryError,
-        r"MaxTrees of 1048576 points and 1048576 neurons would need 8,7\d\d\.\d GiB",
-    ),
-    (lambda: trees().query(2, 0.0), IndexError, r"i must be in 0..1, got 2"),
-    (lambda: trees().query(-1, 0.0), IndexError, r"i must be in 0..1, got -1"),
-    (lambda: trees().query(0.0, 0.0), TypeError, r"i must be an integer, got 0.0"),
-    (lambda: trees().query(0, np.nan), ValueError, r"tau must be a number, possibly infinite, got nan"),
-    (lambda: trees().query(0, "1"), ValueError, r"tau must be a number, possibly infinite, got '1'"),
-    (lambda: trees().query(0, b"1"), ValueError, r"tau must be a number, possibly infinite, got b'1'"),
-    (lambda: trees().query(0, None), ValueError, r"tau must be a number, possibly infinite, got None"),
-    (lambda: trees().query(0, 1j), ValueError, r"tau must be a number, possibly infinite, got 1j"),
-    (lambda: trees().query_all([0.0, 1.0]), ValueError, r"tau must be a number, possibly infinite"),
-    (lambda: trees().update(20, np.ones(3)), IndexError, r"j must be in 0..19, got 20"),
-    (lambda: trees().update(0, np.ones(2)), ValueError, r"w must have 3 entries, one for each column of X, got 2"),
-    (lambda: trees().update(0, [1, 2, np.nan]), ValueError, r"w must be finite, but w\[2\] is NaN"),
-    (lambda: trees().update_many([0, 20], np.ones((2, 3))), IndexError, r"js must be in 0..19, got 20"),
-    (lambda: trees().update_many([-1], np.ones((1, 3))), IndexError, r"js must be in 0..19, got -1"),
-    (lambda: trees().update_many([3, 5, 3], np.ones((3, 3))), ValueError, r"js must be distinct, but 3 occurs 2 times"),
-    (lambda: trees().update_many([0.5], np.ones((1, 3))), TypeError, r"js must be a non-empty vector of integers"),
-    (lambda: trees().update_many([], np.ones((0, 3))), TypeError, r"js must be a non-empty vector of integers"),
-    (lambda: trees().update_many([1, 2], np.ones((3, 3))), ValueError, r"W_new must have 2 rows, one for each of js"),
-    # Jacobian
-    (lambda: SparseJacobian(X5[0], np.ones(4), [0], []), ValueError, r"X must have 2 dimension\(s\)"),
-    (lambda: SparseJacobian(X5, np.ones((4, 1)), [0] * 6, []), ValueError, r"signs must have 1 dimension\(s\)"),
-    (
-        lambda: SparseJacobian(X5, np.ones(4), [0, 1], [0]),
-        ValueError,
-        r"indptr must rise from 0 to indices.size = 1 in 6 entries, one more than X has rows; got 2 entries",
-    ),
-    (
-        lambda: SparseJacobian(X5, [1.0, -1.0, 0.5, 1.0], [0] * 6, []),
-        ValueError,
-        r"signs must be \+1 or -1, but signs\[2\] is 0.5",
-    ),
-    (lambda: SparseJacobian(X5, np.ones(4), [0, 2, 1, 2, 2, 2], [0, 1]), ValueError, r"indptr must rise from 0"),
-    (
-        lambda: SparseJacobian(X5, np.ones(4), np.array([0, 2, 1, 2, 2, 2], np.uint64), [0, 1]),
-        ValueError,
-        r"indptr must rise from 0",
-    ),
-    (lambda: SparseJacobian(X5, np.ones(4), [0, 1, 1, 1, 1, 1], [4]), IndexError, r"indices must be in 0..3, got 4..4"),
-    (
-        lambda: SparseJacobian(X5, np.ones(4), [0, 1, 1, 1, 1, 1], [-1]),
-        IndexError,
-        r"indices must be in 0..3, got -1..-1",
-    ),
-    (
-        lambda: SparseJacobian(X5, np.ones(4), [0, 1, 1, 1, 1, 1], [1.5]),
-        TypeError,
-        r"indices must be a vector of integers",
-    ),
-    (
-        lambda: SparseJacobian(X5, np.ones(4), [0, 2, 2, 2, 2, 2], [1, 1]),
-        ValueError,
-        r"indices must name a neuron at most once",
-    ),
-    (lambda: jacobian().matvec(np.ones(3)), ValueError, r"dimension mismatch"),
-    (lambda: jacobian().matvec(np.ones(12) * 1j), ValueError, r"Complex data not supported: u must be real"),
-    (lambda: jacobian().rmatvec(np.full(5, np.nan)), ValueError, r"v must be finite, but v\[0\] is NaN"),
-    (lambda: jacobian().gram_times(np.ones(3)), ValueError, r"v must have 5 entries"),
-    (lambda: jacobian().gram_times(np.ones((5, 2))), ValueError, r"v must have 1 dimension"),
-    # sketches
-    (lambda: sparse_sign_sketch(np.ones((5, 12)), 8, 0), TypeError, r"J must be a SparseJacobian, got ndarray"),
-    (lambda: srht_sketch(jacobian().tocsr(), 8, 0), TypeError, r"J must be a SparseJacobian, got csr_matrix"),
-    (lambda: gaussian_sketch(jacobian(), 0, 0), ValueError, r"size must be at least 1, got 0"),
-    (lambda: sparse_sign_sketch(jacobian(), 8.5, 0), TypeError, r"size must be an integer, got 8.5"),
-    # theory
-    (lambda: default_shift(0), ValueError, r"width must be at least 1, got 0"),
-    (lambda: default_shift(10, alpha=1.5), ValueError, r"alpha must be a finite number in \[0, 1\), got 1.5"),
-    (lambda: separability([1.0, 2.0]), ValueError, r"X must have 2 dimension\(s\), got shape \(2,\)"),
-    (lambda: separability(NAN), ValueError, r"X must be finite, but X\[1, 0\] is NaN"),
-    (lambda: shifted_ntk(3 * X5, 0.5), ValueError, r"rows of X must have length 1, but row \d has length 3"),
-    (lambda: shifted_ntk(X5, np.inf), ValueError, r"shift must be finite, got inf"),
-    (lambda: shifted_ntk(X5, None), TypeError, r"shift must be a number, got None"),
-    (lambda: smallest_ntk_eigenvalue(X5[0], 0.5), ValueError, r"X must have 2 dimension\(s\), got shape \(3,\)"),
-    (lambda: smallest_ntk_eigenvalue(3 * X5, 0.5), ValueError, r"rows of X must have length 1, but row \d has length 3"),
-    (lambda: smallest_ntk_eigenvalue(X5, "b"), TypeError, r"shift must be a number, got 'b'"),
-    (lambda: ntk_eigenvalue_bounds(NAN, 0.5), ValueError, r"X must be finite, but X\[1, 0\] is NaN"),
-    (lambda: ntk_eigenvalue_bounds(3 * X5, 0.5), ValueError, r"rows of X must have length 1, but row \d has length 3"),
-    (lambda: ntk_eigenvalue_bounds(X5, -0.5), ValueError, r"shift must be a finite number in \[0, inf\), got -0.5"),
-    (lambda: ntk_eigenvalue_bounds(X5, np.nan), ValueError, r"shift must be a finite number in \[0, inf\), got nan"),
-    (lambda: ntk_eigenvalue_bounds(X5[:1], 0.5), ValueError, r"X must have at least 2 rows for a separability, got 1"),
-]
+def jacobian(X=X5, signs=FEW[:, 0], indptr=(0, 1, 2, 3, 4, 5), indices=(0, 1, 2, 3, 0)):
+    return SparseJacobian(X, signs, indptr, indices)
+
+
+# Each refusal: what is called, how the message begins or goes on.
+REFUSED = {
+    ValueError: [
+        (fit(X=X5[0]), r"X must have 2 dimension\(s\), got shape \(3,\). Reshape your data: pass"),
+        (fit(X=X5[None]), r"X must have 2 dimension\(s\), got shape \(1, 5, 3\)"),
+        (fit(X=X5[:0], y=[]), r"X must not be empty, but has 0 sample\(s\) \(shape=\(0, 3\)\)"),
+        (fit(X=X5[:, :0]), r"X must not be empty, but has 0 feature\(s\) \(shape=\(5, 0\)\)"),
+        (fit(X=NAN, y=[1, 2]), r"X must be finite, but X\[1, 0\] is NaN; remove or impute"),
+        (fit(X=[[1, np.inf]], y=[1]), r"X must be finite, but X\[0, 1\] is inf"),
+        (fit(X=[[10**400, 1]], y=[1]), r"X must be finite, but has an integer beyond all floats"),
+        (fit(X=X5 + 0j), r"Complex data not supported: X must be real; pass its real part"),
+        (fit(X=[[1], [3, 2]], y=[1, 2]), r"X must be an array, but its rows have different length"),
+        (fit(y=Y5[:4]), r"y must have 5 entries, one for each row of X, got 4"),
+        (fit(y=np.ones((5, 2))), r"y must have 1 dimension\(s\), got shape \(5, 2\)"),
+        (fit(y=None), r"fit requires y to be passed, but the target y is None"),
+        (fit(y=[1, 2, np.nan, 4, 5]), r"y must be finite, but y\[2\] is NaN"),
+        (fit(y=Y5 * 1j), r"Complex data not supported: y must be real"),
+        (fit(X=2 * X5, normalize=None), r"rows of X must have length 1, but row \d has length 2; "),
+        (fit(X=2 * X5, normalize=None), r'pass X / np.linalg.norm.*normalize="rows" or "lift"'),
+        (fit(X=X5[:1], y=[1.0], normalize="rows"), r'row 0 of X is zero once columns are.*"lift"'),
+        # options
+        (fit(width=0), r"width must be at least 1, got 0"),
+        (fit(width=-4), r"width must be at least 1, got -4"),
+        (fit(width=65), r'"antisymmetric" needs an even width, got 65; use it \+- 1, or init="gau'),
+        (fit(width=2**50, shift=40.0), r"width must be at most 1099511627776, got 11258999068426"),
+        (fit(width=10**400), r"width must be at most 1099511627776, got more than 2\^80"),
+        (fit(shift=10**400), r"shift must be finite, got 1000"),
+        (fit(shift=np.nan), r"shift must be finite, got nan"),
+        (fit(search="fast"), r"search must be one of 'dense', 'scan', 'tree', 'lazy', got 'fast'"),
+        (fit(search=["tree"]), r"search must be one of 'dense'.*, got \['tree'\]"),
+        (fit(solver="lu"), r"must be one of 'cholesky', 'sketch', 'richardson', 'cg', 'gradient',"),
+        (fit(sketch="fft"), r"sketch must be one of 'sparse', 'srht', 'gaussian', got 'fft'"),
+        (fit(sketch_size=0), r"sketch_size must be at least 1, got 0"),
+        (fit(sketch_size=4, solver="sketch"), r"must be at least the number 5 of points, got 4"),
+        (fit(sketch_size=4, solver="richardson"), r"sketch_size must be at least the number 5 of"),
+        (fit(init="zeros"), r"init must be one of 'antisymmetric', 'gaussian', got 'zeros'"),
+        (fit(dtype="float16"), r"dtype must be one of 'float32', 'float64', got 'float16'"),
+        (fit(normalize="columns"), r"normalize must be one of 'lift', 'rows'.*, got 'columns'"),
+        (fit(alpha=1.0), r"alpha must be a finite number in \[0, 1\), got 1.0"),
+        (fit(alpha=-0.1), r"alpha must be a finite number in \[0, 1\), got -0.1"),
+        (fit(damping=-1), r"damping must be a finite number in \[0, inf\), got -1"),
+        (fit(damping=np.nan), r"damping must be a finite number in \[0, inf\), got nan"),
+        (fit(verbose=3), r"verbose must be one of 0, 1, 2, got 3"),
+        (fit(warm_start="yes"), r"warm_start must be one of False, True, got 'yes'"),
+        (fit(tol=np.nan), r"tol must be a finite number in \[0, inf\), got nan"),
+        (fit(max_iter=-1), r"max_iter must be at least 0, got -1"),
+        (fit(random_state=-1), r"random_state must be at least 0, got -1"),
+        (fit(random_state=2**64), r"random_state must be below 2\^64, got 18446744073709551616"),
+        (unfitted(lambda net: net.set_params(depth=3)), r"parameter must be one of 'width', 'shi"),
+        # trained networks
+        (fitted(lambda net: net.predict(X5[:, :2])), r"X has 2 features, but .* expecting 3 feat"),
+        (fitted(lambda net: net.predict(X5[0])), r"X must have 2 dimension\(s\)"),
+        (fitted(lambda net: net.predict(2 * X5)), r"rows of X must have length 1, but row \d has"),
+        (fitted(lambda net: net.score(X5, Y5[:4])), r"y must have 5 entries, one for each row of"),
+        (fitted(lambda net: net.score(X5, Y5[:1])), r"y must have 5 entries, .* of X, got 1"),
+        (fitted(lambda net: net.score(X5, 0 * Y5)), r"y must not be constant, since R\^2"),
+        # trees
+        (lambda: MaxTrees(FEW[0], FEW), r"X must have 2 dimension\(s\), got shape \(3,\)"),
+        (lambda: MaxTrees(FEW, NAN), r"W must be finite, but W\[1, 0\] is NaN"),
+        (lambda: MaxTrees(FEW, FEW[:0]), r"W must not be empty"),
+        (lambda: MaxTrees(FEW, FEW[:, :2]), r"W has 2 columns and X has 3; they must agree"),
+        (trees(lambda t: t.query(0, np.nan)), r"tau must be a number, possibly infinite, got nan"),
+        (trees(lambda t: t.query(0, "1")), r"tau must be a number, possibly infinite, got '1'"),
+        (trees(lambda t: t.query(0, b"1")), r"tau must be a number, possibly infinite, got b'1'"),
+        (trees(lambda t: t.query(0, None)), r"tau must be a number, possibly infinite, got None"),
+        (trees(lambda t: t.query(0, 1j)), r"tau must be a number, possibly infinite, got 1j"),
+        (trees(lambda t: t.query_all([0.0])), r"tau must be a number, possibly infinite"),
+        (trees(lambda t: t.update(0, FEW[0, :2])), r"w must have 3 entries, one for each column o"),
+        (trees(lambda t: t.update(0, [1, 2, np.nan])), r"w must be finite, but w\[2\] is NaN"),
+        (trees(lambda t: t.update_many([3, 5, 3], FEW[:3])), r"js must be distinct, but 3 occurs "),
+        (trees(lambda t: t.update_many([1, 2], FEW)), r"W_new must have 2 rows, one for each of j"),
+        # Jacobian and sketches
+        (lambda: jacobian(X=X5[0]), r"X must have 2 dimension\(s\)"),
+        (lambda: jacobian(signs=FEW), r"signs must have 1 dimension\(s\)"),
+        (lambda: jacobian(signs=[1.0, -1.0, 0.5, 1.0]), r"signs must be \+1 or -1, but signs\[2\]"),
+        (lambda: jacobian(indptr=[0, 5]), r"from 0 to indices.size = 5 in 6 entries.*; got 2 entr"),
+        (lambda: jacobian(indptr=[0, 2, 1, 3, 4, 5]), r"indptr must rise from 0"),
+        (lambda: jacobian(indptr=np.uint64([0, 2, 1, 3, 4, 5])), r"indptr must rise from 0"),
+        (lambda: jacobian(indptr=[0, 2, 2, 3, 4, 5], indices=[1, 1, 0, 0, 0]), r"at most once for"),
+        (lambda: jacobian().matvec(FEW[0]), r"dimension mismatch"),
+        (lambda: jacobian().matvec(np.ones(12) * 1j), r"Complex data not supported: u must be rea"),
+        (lambda: jacobian().rmatvec(np.full(5, np.nan)), r"v must be finite, but v\[0\] is NaN"),
+        (lambda: jacobian().gram_times(FEW[0]), r"v must have 5 entries"),
+        (lambda: jacobian().gram_times(X5), r"v must have 1 dimension"),
+        (lambda: gaussian_sketch(jacobian(), 0, 0), r"size must be at least 1, got 0"),
+        # theory
+        (lambda: default_shift(0), r"width must be at least 1, got 0"),
+        (lambda: default_shift(10, alpha=1.5), r"alpha must be a finite number in \[0, 1\), got 1"),
+        (lambda: separability([1.0, 2.0]), r"X must have 2 dimension\(s\), got shape \(2,\)"),
+        (lambda: separability(NAN), r"X must be finite, but X\[1, 0\] is NaN"),
+        (lambda: shifted_ntk(3 * X5, 0.5), r"rows of X must have length 1, but row \d has length "),
+        (lambda: shifted_ntk(X5, np.inf), r"shift must be finite, got inf"),
+        (lambda: smallest_ntk_eigenvalue(X5[0], 0.5), r"X must have 2 dimension\(s\), got shape"),
+        (lambda: smallest_ntk_eigenvalue(3 * X5, 0.5), r"rows of X must have length 1, but row \d"),
+        (lambda: ntk_eigenvalue_bounds(NAN, 0.5), r"X must be finite, but X\[1, 0\] is NaN"),
+        (lambda: ntk_eigenvalue_bounds(3 * X5, 0.5), r"rows of X must have length 1, but row \d"),
+        (lambda: ntk_eigenvalue_bounds(X5, -0.5), r"shift must be a finite number in \[0, inf\), "),
+        (lambda: ntk_eigenvalue_bounds(X5, np.nan), r"shift must be .* in \[0, inf\), got nan"),
+        (lambda: ntk_eigenvalue_bounds(X5[:1], 0.5), r"at least 2 rows for a separability, got 1"),
+    ],
+    TypeError: [
+        (fit(X=[["a", "b"]], y=[1]), r"X must be an array of numbers, got dtype <U1; encode it as"),
+        (fit(X=[[object()]], y=[1]), r"array of numbers, but of its entries: float\(\) argument m"),
+        (fit(X=None), r"X must be an array of numbers, got None"),
+        (fit(X=scipy.sparse.csr_matrix(X5)), r"X is a sparse matrix, .* not supported; pass X.toa"),
+        (fit(y=["a"] * 5), r"y must be an array of numbers, got dtype <U1"),
+        (fit(width=2.5), r"width must be an integer, got 2.5; pass int\(width\)"),
+        (fit(width=True), r"width must be an integer, got True"),
+        (fit(width="wide"), r"width must be an integer, got 'wide'"),
+        (fit(sketch_size=8.0), r"sketch_size must be an integer, got 8.0"),
+        (fit(shift="big"), r"shift must be a number or \"auto\", got 'big'"),
+        (fit(shift=np.ones(2)), r"shift must be a number, got array"),
+        (fit(damping=None), r"damping must be a number, got None"),
+        (fit(damping="automatic"), r"damping must be a number or \"auto\", got 'automatic'"),
+        (fit(tol="tight"), r"tol must be a number, got 'tight'"),
+        (fit(max_iter=1.5), r"max_iter must be an integer, got 1.5"),
+        (fit(callback=3), r"callback must be callable, got 3"),
+        (fit(random_state="seed"), r"random_state must be an integer, got 'seed'"),
+        (trees(lambda t: t.query(0.0, 0.0)), r"i must be an integer, got 0.0"),
+        (trees(lambda t: t.update_many([0.5], FEW[:1])), r"js must be a non-empty vector of integ"),
+        (trees(lambda t: t.update_many([], FEW[:0])), r"js must be a non-empty vector of integers"),
+        (lambda: jacobian(indices=[0, 1, 2, 3, 1.5]), r"indices must be a vector of integers"),
+        (lambda: sparse_sign_sketch(FEW, 8, 0), r"J must be a SparseJacobian, got ndarray"),
+        (lambda: srht_sketch(jacobian().tocsr(), 8, 0), r"J must be a SparseJacobian, got csr_mat"),
+        (lambda: sparse_sign_sketch(jacobian(), 8.5, 0), r"size must be an integer, got 8.5"),
+        (lambda: shifted_ntk(X5, None), r"shift must be a number, got None"),
+        (lambda: smallest_ntk_eigenvalue(X5, "b"), r"shift must be a number, got 'b'"),
+    ],
+    IndexError: [
+        (trees(lambda t: t.query(2, 0.0)), r"i must be in 0..1, got 2"),
+        (trees(lambda t: t.query(-1, 0.0)), r"i must be in 0..1, got -1"),
+        (trees(lambda t: t.update(20, FEW[0])), r"j must be in 0..19, got 20"),
+        (trees(lambda t: t.update_many([0, 20], FEW[:2])), r"js must be in 0..19, got 20"),
+        (trees(lambda t: t.update_many([-1], FEW[:1])), r"js must be in 0..19, got -1"),
+        (lambda: jacobian(indices=[0, 1, 2, 3, 4]), r"indices must be in 0..3, got 0..4"),
+        (lambda: jacobian(indices=[0, 1, 2, 3, -1]), r"indices must be in 0..3, got -1..3"),
+    ],
+    MemoryError: [
+        (fit(width=2**40, shift=0.5), r"live pairs of 5 points and 1099511627776 neurons would ne"),
+        (fit(width=2**40, shift=0.5), r"[\d,.]+ GiB, but [\d,.]+ GiB are available; use fewer neu"),
+        (fit(width=2**40, search="scan"), r"[\d,.]+ GiB, but"),
+        (fit(width=2**40, search="dense"), r"32,768\.0 GiB, but"),
+        (fit(sketch_size=2**50, solver="sketch"), r"a sketch with sketch_size=1125899906842624 wo"),
+        (
+            lambda: MaxTrees(np.ones((1 << 20, 1)), np.ones((1 << 20, 1))),
+            r"MaxTrees of 1048576 points and 1048576 neurons would need 8,7\d\d\.\d GiB",
+        ),
+    ],
+    NotFittedError: [
+        (unfitted(lambda net: net.predict(X5)), r"not fitted yet; call fit\(X, y\) first"),
+        (unfitted(lambda net: net.score(X5, Y5)), r"not fitted yet"),
+        (unfitted(lambda net: net.weights()), r"not fitted yet"),
+        (unfitted(lambda net: net.active_sets()), r"not fitted yet"),
+        (unfitted(lambda net: net.signs_), r"not fitted yet"),
+        (unfitted(lambda net: net.loss_curve_), r"not fitted yet"),
+    ],
+}
 
 
 @core
-@pytest.mark.parametrize("call, error, message", BAD_INPUT, ids=[row[2][:40] for row in BAD_INPUT])
-def test_bad_input_is_refused_by_name(call, error, message):
+@pytest.mark.parametrize(
+    "error, call, message",
+    [(error, *row) for error, rows in REFUSED.items() for row in rows],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_refused_by_name(error, call, message):
     with pytest.raises(error, match=message):
         call()
 
 
 @core
 def test_weights_that_do_not_fit_are_refused_before_they_are_allocated(monkeypatch):
-    fitted = fitted_trainer()
+    net = trainer(64, shift=0.0, max_iter=0).fit(X5, Y5)
 
     def full(what, needed):
         raise MemoryError(f"{what}: {needed} bytes")
 
     monkeypatch.setattr(sublin, "_check_memory", full)
-    with pytest.raises(MemoryError, match=r"weights\(\) of 64 neurons in 3 dimensions: 1536 bytes"):
-        fitted.weights()
+    message = r"weights\(\) of 64 neurons in 3 dimensions: 1536 bytes"
+    with pytest.raises(MemoryError, match=message):
+        net.weights()
+
+
+# ==================================================================================================
+# Threads
+# ==================================================================================================
 
 
 @core
-def test_weights_beyond_float32_do_not_enter_float32_trees():
-    trees = MaxTrees(np.ones((2, 3), np.float32), np.ones((20, 3), np.float32))
-    with pytest.raises(ValueError, match=r"W_new has entries beyond the range of float32, up to 1e\+300"):
-        trees.update(0, [1e300, 0.0, 0.0])
-    trees.check()
+@pytest.mark.parametrize("work", [0, 1 << 16, 1 << 26])
+def test_shares_of_the_chunks_come_in_order_each_once(work):
+    most = numba.get_num_threads()
+    shares = sublin._in_threads(lambda *share: share, work)
+    assert [low for _, low, _ in shares] == [0, *(high for _, _, high in shares[:-1])]
+    assert shares[-1][2] == sublin.CHUNKS
+    assert {thread for thread, _, _ in shares} <= set(range(most if work else 1))
+    alone = sublin._in_threads(lambda *share: share, work, most=1)
+    assert {thread for thread, _, _ in alone} == {0}
 
 
 @core
-def test_refused_updates_leave_the_trees_as_they_were():
-    held = trees()
-    for js, W_new in (([0, 20], np.ones((2, 3))), ([1, 1], np.zeros((2, 3))), ([1], [[np.nan] * 3])):
-        with pytest.raises((ValueError, IndexError)):
-            held.update_many(js, W_new)
-    np.testing.assert_array_equal(held.W, np.ones((20, 3)))
-    held.check()
+@pytest.mark.parametrize("failing", [0, sublin.CHUNKS - 1])
+def test_a_share_that_fails_says_so_when_no_other_is_running(failing):
+    running = set()
+
+    def task(thread, low, high):
+        running.add(thread)
+        time.sleep(0.002)
+        running.discard(thread)
+        if low <= failing < high:
+            raise MemoryError("of this share")
+
+    before = surroundings()
+    with pytest.raises(MemoryError, match="of this share"):
+        sublin._in_threads(task, 1 << 26)
+    assert not running and surroundings() == before
+    assert len(sublin._in_threads(lambda *share: share, 1 << 16)) == numba.get_num_threads()
 
 
-# ======================================================================================================================
-# Peers of the benchmark
-# ======================================================================================================================
+@core
+def test_blas_is_given_back_when_all_who_asked_are_done():
+    pytest.importorskip("threadpoolctl")
+    before = blas_threads()
+    with sublin._one_blas_thread():
+        with pytest.raises(KeyError), sublin._one_blas_thread():
+            assert set(blas_threads()) == {1}
+            raise KeyError
+        assert set(blas_threads()) == {1}
+    assert blas_threads() == before
+
+
+def test_fits_in_several_threads_at_once_and_in_a_fork_have_the_bits_of_one_alone():
+    code = """if True:
+        import os, sys, threading
+        import numpy as np
+        from sublin import SublinearTrainer
+
+        rng = np.random.default_rng(0)
+        X, y = rng.standard_normal((64, 32)), rng.standard_normal(64)
+
+        def fit(found):
+            net = SublinearTrainer(1 << 16, random_state=0, max_iter=3, tol=0.0)
+            found.append(net.fit(X, y).loss_curve_)
+            return found[-1]
+
+        alone, together = fit([]), []
+        threads = [threading.Thread(target=fit, args=(together,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert together == [alone] * 3, "in threads"
+        if hasattr(os, "fork"):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if fit([]) == alone else 1)
+            assert os.waitpid(child, 0)[1] == 0, "in a fork"
+    """
+    printed_by(code)
+
+
+def test_a_fit_in_the_background_goes_on_when_the_main_thread_has_ended():
+    code = """if True:
+        import threading, time
+        import numpy as np
+        from sublin import SublinearTrainer
+
+        rng, ended = np.random.default_rng(0), threading.Event()
+        X, y = rng.standard_normal((64, 8)), rng.standard_normal(64)
+
+        def slow(record):
+            ended.set()
+            time.sleep(0.5 * (record["iteration"] < 2))
+
+        net = SublinearTrainer(1 << 16, random_state=0, max_iter=3, tol=0.0, callback=slow)
+        threading.Thread(target=lambda: print(net.fit(X, y).n_iter_)).start()
+        ended.wait()
+    """
+    assert printed_by(code) == "3\n"
+
+
+# ==================================================================================================
+# The module as a whole
+# ==================================================================================================
+
+
+def test_public_names_are_documented():
+    for name in sublin.__all__:
+        assert getattr(sublin, name).__doc__
+
+
+def test_importing_takes_less_than_half_a_second_beyond_dependencies():
+    code = """if True:
+        import time, numpy, scipy.linalg, scipy.sparse.linalg, scipy.special, numba
+        begin = time.perf_counter()
+        import sublin
+        print(time.perf_counter() - begin)
+    """
+    assert min(float(printed_by(code)) for _ in range(3)) < 0.5
+
+
+def test_the_example_in_the_readme_prints_what_it_says():
+    text = (HERE / "README.md").read_text("utf-8")
+    example = re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    printed = re.search(r"^```text\n(.*?)^```", text[example.end() :], re.DOTALL | re.MULTILINE)
+    assert printed_by(example[1], warn="default") == printed[1]
+
+
+# ==================================================================================================
+# The benchmark: peers
+# ==================================================================================================
 
 
 @pytest.fixture
 def peers_problem():
-    """A small problem whose held-out points are those of the training, so that predictions have residuals."""
-    rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((6, 4)), rng.standard_normal(6) + 2.0
-    return bench.Problem.of(X, y, X, y, width=64, shift=0.5, damping=1e-3)
+    """The held-out points are those of the training, so that predictions have residuals."""
+    X, y = problem(6, 4)
+    return bench.Problem.of(3 * X, y + 2.0, 3 * X, y + 2.0, width=64, shift=0.5, damping=1e-3)
 
 
 def logged_residuals(train, steps):
     """The first residuals that a peer logs."""
     residuals = []
 
-    def log(residual):
+    def log(residual, when=None):
         residuals.append(residual)
         if len(residuals) == steps:
             raise bench.Enough
@@ -2682,14 +2901,10 @@ def logged_residuals(train, steps):
     return residuals
 
 
-def skip_without_torch(name):
-    if name.startswith("torch"):
-        pytest.importorskip("torch")
-
-
 @pytest.mark.parametrize("name", bench.PEERS)
 def test_a_peer_logs_the_residual_of_its_predictions(name, peers_problem):
-    skip_without_torch(name)
+    if name.startswith("torch"):
+        pytest.importorskip("torch")
     y = peers_problem.y
     for options in bench.PEERS[name].grid:
         train, predict = bench.PEERS[name].start(peers_problem, **options)
@@ -2700,10 +2915,8 @@ def test_a_peer_logs_the_residual_of_its_predictions(name, peers_problem):
 
 def test_plain_numpy_takes_the_steps_of_the_trainer(peers_problem):
     train, _ = bench.numpy_peer(peers_problem, damping=1e-3, dtype="float64")
-    trainer = SublinearTrainer(**{**peers_problem.options, "tol": 0.0, "max_iter": 3}, search="dense")
-    with pytest.warns(RuntimeWarning, match="is above tol"):
-        trainer.fit(peers_problem.X, peers_problem.y)
-    expected = [record["residual"] for record in trainer.history_]
+    options = {**peers_problem.options, "tol": 0.0, "max_iter": 3, "search": "dense"}
+    expected = values_of(SublinearTrainer(**options).fit(peers_problem.X, peers_problem.y))
     np.testing.assert_allclose(logged_residuals(train, 4), expected, rtol=1e-8)
 
 
@@ -2711,49 +2924,36 @@ def test_plain_numpy_takes_the_steps_of_the_trainer(peers_problem):
 def test_the_first_step_in_pytorch_is_that_in_numpy(method, peers_problem):
     pytest.importorskip("torch")
     X, y, W, signs = peers_problem.arrays(np.float64)
-    products = X @ W.T - peers_problem.trainer.shift_
-    error = np.maximum(products, 0) @ signs / 8.0 - y
-    gradient = (error[:, None] * (products > 0) * signs / 8.0).T @ X
+    net = Net(X, W, signs, peers_problem.trainer.shift_)
+    gradient = (net.dense_jacobian.T @ (net.outputs - y)).reshape(W.shape)
     if method == "adam":
         train, _ = bench.torch_adam(peers_problem, rate=0.5)
-        W = W - 0.5 / 8.0 * gradient / (np.abs(gradient) + 1e-8)  # mean and variance of one gradient
+        move = 0.5 / 8.0 * gradient / (np.abs(gradient) + 1e-8)  # mean and variance of one gradient
     else:
         train, _ = bench.torch_lbfgs(peers_problem, step_size=0.5, line_search=None)
-        W = W - 0.5 * min(1.0, 1.0 / np.abs(gradient).sum()) * gradient
-    moved = np.maximum(X @ W.T - peers_problem.trainer.shift_, 0) @ signs / 8.0 - y
-    expected = np.linalg.norm([error, moved], axis=1) / np.linalg.norm(y)
+        move = 0.5 * min(1.0, 1.0 / np.abs(gradient).sum()) * gradient
+    expected = [net.residual(y), net._replace(W=W - move).residual(y)]
     np.testing.assert_allclose(logged_residuals(train, 2), expected, rtol=1e-5)
 
 
 def test_kernel_regression_at_new_points():
-    rng = np.random.default_rng(1)
-    X, y, new = rng.standard_normal((8, 3)), rng.standard_normal(8), rng.standard_normal((5, 3))
-    problem = bench.Problem.of(X, y, new, np.ones(5), width=64, shift=0.5, normalize="rows")
-    train, predict = bench.kernel_peer(problem)
+    (X, y), (new, _) = problem(8, 3), problem(5, 3, seed=1)
+    options = {"width": 64, "shift": 0.5, "normalize": "rows"}
+    train, predict = bench.kernel_peer(bench.Problem.of(X, y, new, np.ones(5), **options))
     logged_residuals(train, 1)
-    rows = (np.concatenate([X, new]) - X.mean(axis=0)) / X.std(axis=0)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    kernel = shifted_ntk(rows, 0.5)
+    kernel = shifted_ntk(scaled_by_hand(np.concatenate([X, new]), "rows", X), 0.5)
     expected = kernel[8:, :8] @ np.linalg.solve(kernel[:8, :8], y - y.mean()) + y.mean()
     np.testing.assert_allclose(predict(), expected, rtol=1e-8)
 
 
 def test_time_to_a_target():
-    seconds, residuals = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 1e-2, 1e-3, 5e-3, 1e-4]
-    assert bench.time_to(1e-3, seconds, residuals) == 3.0
-    assert bench.time_to(0.5, seconds, residuals) == 2.0
-    assert bench.time_to(1e-6, seconds, residuals) is None
-    assert bench.time_to(1e-6, [1.0, 2.0], [1.0, np.nan]) is None
-
-
-def made_up_peer(curves):
-    """A peer that logs one of the given residual curves at once, then has no more to say."""
-    grid = tuple({"k": k} for k in range(len(curves)))
-    return bench.Peer("made up", lambda problem, k: (lambda log: [log(r) for r in curves[k]], None), grid, "", "")
+    run = {"seconds": [1.0, 2.0, 3.0, 4.0, 5.0], "residuals": [1.0, 1e-2, 1e-3, 5e-3, np.nan]}
+    found = [bench.time_to(target, run) for target in (1e-3, 0.5, 1e-6)]
+    assert found == [3.0, 2.0, np.inf]
 
 
 @pytest.mark.parametrize(
-    ("curves", "best"),
+    "curves, best",
     [
         ([[1.0, 0.3], [1.0, 0.2], [1.0, np.nan]], 1),  # none reaches a target: the closest
         ([[1.0, 2e-3], [1.0, 9e-4], [1.0, np.inf]], 1),
@@ -2761,7 +2961,11 @@ def made_up_peer(curves):
     ],
 )
 def test_tuning_takes_the_entry_that_gets_there(curves, best, peers_problem):
-    runs, options = bench.tune(made_up_peer(curves), peers_problem._replace(held_out_X=None), cap=1.0)
+    def start(problem, k):
+        return (lambda log: [log(residual) for residual in curves[k]]), None
+
+    peer = bench.Peer("made up", start, tuple({"k": k} for k in range(len(curves))), "", "")
+    runs, options = bench.tune(peer, peers_problem._replace(held_out_X=None), cap=1.0)
     assert len(runs) == len(curves)
     assert options == {"k": best}
 
@@ -2776,74 +2980,51 @@ def test_a_run_ends_at_the_last_target_and_at_its_cap():
 
 
 def test_the_table_of_peers_names_targets_that_were_missed():
-    ours = [{"seconds": [1.0, 2.0, 4.0], "residuals": [1.0, 1e-3, 1e-7], "accuracy": 0.75}] * 3
-    theirs = [{"seconds": [1.0, 9.0, 30.0], "residuals": [1.0, 5e-4, 2e-4], "accuracy": 0.5}]
-    data = {"targets": [1e-3, 1e-6], "cases": {"random": {"cap": 30.0, "runs": {"ours": ours, "torch adam": theirs}}}}
-    data["summary"] = bench.peers_summary(data)
-    table = bench.peers_table(data)
-    assert "| sublin | 1 | 1 | 75.0 % |" in table
-    assert "(float32) | 4.5 | not within 30 s (2e-04) | 50.0 % |" in table
+    case = {"part": "run", "case": "random", "cap": 30.0}
+    ours = {"peer": "ours", "to 1e-03": 2.0, "to 1e-06": 4.0, "residual": 1e-7, "accuracy": 0.75}
+    theirs = {"to 1e-03": 9.0, "to 1e-06": None, "residual": 2e-4, "accuracy": 0.5}
+    samples = [{**case, **ours}] * 3 + [{**case, "peer": "torch adam", **theirs}]
+    assert bench.peer_result(samples, "random", "torch adam", 1e-3) == (9.0, 4.5)
+    table = bench.peers_table(samples)
+    assert "| sublin | 1.0 times | 1.0 times | 75.0 % |" in table
+    assert "(float32) | 4.5 times | not within 30 s (2e-04) | 50.0 % |" in table
 
 
-# ======================================================================================================================
-# The module as a whole
-# ======================================================================================================================
+# ==================================================================================================
+# The benchmark: claims of the paper
+# ==================================================================================================
 
-
-def test_public_names_are_documented():
-    for name in sublin.__all__:
-        assert getattr(sublin, name).__doc__
-
-
-def test_importing_takes_less_than_half_a_second_beyond_dependencies():
-    program = (
-        "import time, numpy, scipy.linalg, scipy.sparse.linalg, scipy.special, numba\n"
-        "begin = time.perf_counter()\n"
-        "import sublin\n"
-        "print(time.perf_counter() - begin)"
-    )
-    run = [sys.executable, "-c", program]
-    runs = [subprocess.run(run, cwd=HERE, capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.5
-
-
-def test_the_example_in_the_readme_prints_what_it_says():
-    text = (HERE / "README.md").read_text()
-    example = re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    printed = re.search(r"^```text\n(.*?)^```", text[example.end() :], re.DOTALL | re.MULTILINE)
-    run = subprocess.run([sys.executable, "-c", example[1]], cwd=HERE, capture_output=True, text=True, check=True)
-    assert run.stdout == printed[1]
-
-
-# ======================================================================================================================
-# Claims of the paper: what bench.py measures, and its verdicts
-# ======================================================================================================================
-
-LINEAR = -50.0  # a threshold below all products: every neuron is active, and the network is linear in its weights
-SILENT = 50.0  # one above all of them
-
-
-def signed_problem(n, d, seed=0):
-    return bench.random_unit_data(n, d, seed)
+LINEAR = -50.0  # below all products: every neuron is active, the network linear in its weights
+SILENT = 50.0  # above all of them
 
 
 @core
-def test_contraction_of_linear_and_of_silent_networks():
-    X, y = signed_problem(3, 5)
-    linear = bench.contraction(X, y, 64, 0, shift=LINEAR)
-    assert (linear["steps"], linear["end"]) == (1, "converged")
-    assert linear["ratios"][0] < 1e-9
-    assert bench.halves(linear)
-    silent = bench.contraction(X, y, 64, 0, shift=SILENT)
-    assert silent == {"ratios": [], "steps": 0, "end": "singular"}
-    assert not bench.halves(silent)
+def test_runs_of_linear_and_of_silent_networks():
+    X, y = bench.random_unit_data(3, 5)
+    linear = bench.timed_run(X, y, 64, 0, shift=LINEAR)
+    assert (linear["end"], linear["steps"], linear["active"]) == ("converged", 1, 1.0)
+    assert linear["worst"] < 1e-9 and bench.halves(linear)
+    assert 0 < linear["training"] < linear["total"]
+    silent = bench.timed_run(X, y, 64, 0, shift=SILENT)
+    assert silent == {"end": "singular"} and not bench.halves(silent)
 
 
 @core
-def test_contraction_fails_where_points_outnumber_neurons():
-    cell = bench.contraction(*signed_problem(40, 4), 24, 0)
-    assert not bench.halves(cell)
-    assert cell["end"] in ("stuck", "singular") or max(cell["ratios"]) > 0.5
+def test_runs_fail_where_points_outnumber_neurons():
+    run = bench.timed_run(*bench.random_unit_data(40, 4), 24, 0)
+    assert not bench.halves(run)
+    assert run["end"] in ("stuck", "singular") or run["worst"] > 0.5
+
+
+@core
+def test_costs_of_a_run_are_means_over_the_steps():
+    X, y = bench.random_unit_data(3, 5)
+    options = {"search": "tree", "init": "gaussian", "shift": 0.0}
+    steps = bench.record_steps(bench.train(X, y, 64, **options))[1:]
+    found = bench.timed_run(X, y, 64, 0, search="tree", shift=0.0)
+    assert found["operations"] == np.mean([step["operations"] for step in steps])
+    samples = [{**step, "run": run} for run in (1, 2, 3) for step in [{"step": 0}, *steps]]
+    assert bench.step_mean(samples, "operations") == found["operations"]
 
 
 @core
@@ -2854,20 +3035,14 @@ def test_needed_width_is_that_of_theorem_4_1():
 
 
 @core
-def test_starting_activity_of_linear_and_of_silent_networks():
-    X, _ = signed_problem(3, 5)
-    every = {"shift": LINEAR, "mean": 64.0, "largest": 64, "sum": 192, "union": 64}
-    assert bench.starting_activity(X, 64, 0, shift=LINEAR) == every
-    none = {"shift": SILENT, "mean": 0.0, "largest": 0, "sum": 0, "union": 0}
-    assert bench.starting_activity(X, 64, 0, shift=SILENT) == none
-
-
-@core
 def test_starting_activity_counts_what_products_reach():
-    X, y = problem(4, 3)
-    W, _, shift = start(X, y, 500, init="gaussian")
-    active = X @ W.T >= shift
-    found = bench.starting_activity(X, 500, 0)
+    X, y = bench.random_unit_data(3, 5)
+    for shift, each in ((LINEAR, 64), (SILENT, 0)):
+        expected = {"mean": float(each), "largest": each, "sum": 3 * each, "union": each}
+        found = bench.starting_activity(X, y, 64, 0, shift=shift)
+        assert found == {"shift": shift, **expected}
+    active = start(X, y, 500, init="gaussian").active
+    found = bench.starting_activity(X, y, 500, 0)
     assert (found["largest"], found["sum"]) == (active.sum(axis=1).max(), active.sum())
     assert found["union"] == active.any(axis=0).sum()
 
@@ -2892,76 +3067,69 @@ def test_distortion_of_an_isometry_and_of_twice_one():
 @core
 def test_inner_iterations_of_a_single_point_and_of_a_sketch_that_is_too_small():
     assert bench.inner_iterations(np.eye(1), np.ones(1), 64, 0, "sketch", shift=0.0) == 1
-    X, y = signed_problem(16, 8)
-    assert bench.inner_iterations(X, y, 256, 0, "richardson", shift=0.5, sketch_size=16) is None
+    X, y = bench.random_unit_data(16, 8)
+    found = bench.inner_iterations(X, y, 256, 0, "richardson", shift=0.5, sketch_size=16)
+    assert found is None
 
 
 @core
 def test_starting_gram_of_a_linear_network_is_its_kernel_and_of_few_neurons_singular():
-    X, _ = signed_problem(3, 5)
-    found = bench.starting_gram(X, 64, 0, shift=LINEAR)
+    X, y = bench.random_unit_data(3, 5)
+    found = bench.starting_gram(X, y, 64, 0, shift=LINEAR)
     assert found["smallest"] == pytest.approx(np.linalg.eigvalsh(X @ X.T)[0])
     assert found["kernel"] == pytest.approx(found["smallest"])
     assert found["distance"] < 1e-12
-    few = bench.starting_gram(signed_problem(20, 2)[0], 8, 0, shift=1.0)
+    few = bench.starting_gram(*bench.random_unit_data(20, 2), 8, 0, shift=1.0)
     assert few["smallest"] < 0.75 * few["kernel"]
 
 
 @core
 def test_a_linear_network_is_kernel_regression_and_a_narrow_one_is_not():
-    X, y = signed_problem(4, 8)
-    assert bench.kernel_gap(X, y, 64, 0, LINEAR) < 1e-8
-    assert bench.kernel_gap(X, y, 256, 0, 1.0) > 1e-3
+    X, y = bench.random_unit_data(4, 8)
+    assert bench.kernel_gap(X, y, 64, 0, LINEAR)["gap"] < 1e-8
+    assert bench.kernel_gap(X, y, 256, 0, 1.0)["gap"] > 1e-3
 
 
 @core
 def test_starting_norms_are_those_of_the_weights():
     X, y = problem(4, 3)
-    W, signs, shift = start(X, y, 300, init="gaussian")
-    found = bench.starting_norms(X, 300, 0)
-    assert found["weights"] == pytest.approx(np.linalg.norm(W, 2) / np.sqrt(300))
-    assert found["output"] == pytest.approx(np.abs(dense_outputs(X, W, signs, shift)).max())
-    assert found["output with max(z, b)"] == pytest.approx(np.abs(np.maximum(X @ W.T, shift) @ signs).max() / np.sqrt(300))
-    J = dense_jacobian(X, X @ W.T >= shift, signs)
-    assert found["jacobian"] == pytest.approx(np.linalg.norm(J, axis=1).max())
+    net = start(X, y, 300, init="gaussian")
+    found = bench.starting_norms(X, y, 300, 0)
+    other = np.maximum(X @ net.W.T, net.shift) @ net.signs / np.sqrt(300)
+    assert found["weights"] == pytest.approx(np.linalg.norm(net.W, 2) / np.sqrt(300))
+    assert found["output"] == pytest.approx(np.abs(net.outputs).max())
+    assert found["output with max(z, b)"] == pytest.approx(np.abs(other).max())
+    norms = np.linalg.norm(net.dense_jacobian, axis=1)
+    assert found["jacobian"] == pytest.approx(norms.max())
 
 
 @core
 def test_retracing_a_linear_network_finds_one_step_and_no_flips():
-    X, y = signed_problem(3, 5)
+    X, y = bench.random_unit_data(3, 5)
     found = bench.retrace(X, y, 64, 0, shift=LINEAR)
-    W, signs, shift = start(X, y, 64, init="gaussian", shift=LINEAR)
-    g = np.linalg.solve(X @ X.T, dense_outputs(X, W, signs, shift) - y)
+    g = np.linalg.solve(X @ X.T, start(X, y, 64, init="gaussian", shift=LINEAR).outputs - y)
     assert found["move"] == pytest.approx(np.linalg.norm(g @ X) / 8, rel=1e-6)
     assert found["gram smallest"] == pytest.approx(np.linalg.eigvalsh(X @ X.T)[0])
     assert found["converged"]
-    assert [found[key] for key in ("jacobian change", "gram change", "flipped / active", "flipped / all")] == [0.0] * 4
+    for key in ("jacobian change", "gram change", "flipped / active", "flipped / all"):
+        assert found[key] == 0.0
 
 
-def test_retracing_follows_the_dense_loop():
-    X, y = signed_problem(6, 4)
+def test_retracing_follows_the_reference():
+    X, y = bench.random_unit_data(6, 4)
     found = bench.retrace(X, y, 256, 0, shift=1.0)
-    W, signs, shift = start(X, y, 256, init="gaussian", shift=1.0)
-    states = [W for residual, W in dense_training(X, y, W, signs, shift, 20)]
-    jacobians = [dense_jacobian(X, X @ W.T >= shift, signs) for W in states]
-    grams = [J @ J.T for J in jacobians]
-    ever = np.any([(X @ W.T >= shift) != (X @ states[0].T >= shift) for W in states], axis=0)
-    assert found["move"] == pytest.approx(max(np.linalg.norm(W - states[0], axis=1).max() for W in states), rel=1e-6)
-    assert found["jacobian change"] == pytest.approx(max(np.linalg.norm(J - jacobians[0]) for J in jacobians))
-    assert found["gram change"] == pytest.approx(max(np.linalg.norm(G - grams[0]) for G in grams))
-    assert found["gram smallest"] == pytest.approx(min(np.linalg.eigvalsh(G)[0] for G in grams))
-    assert found["flipped / all"] == ever.sum() / (6 * 256)
+    networks = start(X, y, 256, init="gaussian", shift=1.0).steps(y, 20)
+    jacobians = np.array([net.dense_jacobian for net in networks])
+    grams, masks = jacobians @ jacobians.mT, np.array([net.active for net in networks])
+    moves = [np.linalg.norm(net.W - networks[0].W, axis=1).max() for net in networks]
+    changes = (np.linalg.norm(some - some[0], axis=(1, 2)).max() for some in (jacobians, grams))
+    expected = dict(zip(("jacobian change", "gram change"), changes, strict=True))
+    expected["gram smallest"] = np.linalg.eigvalsh(grams)[:, 0].min()
+    expected["flipped / all"] = np.any(masks != masks[0], axis=0).sum() / (6 * 256)
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value), key
+    assert found["move"] == pytest.approx(max(moves), rel=1e-6)
     assert found["gram change"] > found["kernel"] / 2  # far too narrow for Lemma 4.3
-
-
-@core
-def test_timed_runs_say_whether_they_reached_the_tolerance():
-    X, y = signed_problem(3, 5)
-    found = bench.timed_run(X, y, 64, 0, 1e-6, shift=LINEAR)
-    assert (found["converged"], found["active"], found["steps"]) == (True, 1.0, 1)
-    assert found["worst"] < 1e-6
-    assert 0 < found["training"] < found["seconds"]
-    assert bench.timed_run(X, y, 64, 0, 1e-6, shift=SILENT) == {"converged": False}
 
 
 @core
@@ -2977,24 +3145,14 @@ def test_sandwich_of_points_of_known_distance(delta):
 
 
 @core
-@pytest.mark.parametrize("rho, expected", [(-1.0, 0.0), (0.0, 0.0), (1.0, norm.sf(0.5))])
-def test_kernel_entry_of_opposite_orthogonal_and_coinciding_points(rho, expected):
-    found = bench.kernel_entry(rho, 0.5, 1000, 0)
-    assert found["closed"] == pytest.approx(expected, abs=1e-14)
-    assert found["sampled"] == pytest.approx(expected, abs=0.08)
-
-
-@core
-def test_step_cost_is_the_mean_over_the_steps():
-    X, y = signed_problem(3, 5)
-    steps = bench.train("tree", X, y, 64, init="gaussian", shift=0.0).history_[1:]
-    found = bench.step_cost(X, y, 64, 0, "tree", shift=0.0)
-    assert found["operations"] == np.mean([step["operations"] for step in steps])
-
-
-@core
 def test_slopes_and_least_widths_of_known_samples():
-    samples = [{"seed": seed, "width": 1 << k, "value": 3.0 * (1 << k) ** 0.7} for seed in (0, 1) for k in (4, 6, 8)]
+    samples = bench.grid(
+        "powers",
+        lambda seed, width: {"value": 3.0 * width**0.7},
+        lambda case: case["width"] < 300,
+        seed=(0, 1),
+        width=(16, 64, 256, 1024),
+    )
     assert bench.slopes(samples, lambda sample: sample["value"], 16) == pytest.approx([0.7, 0.7])
     assert bench.least(samples, "width", lambda sample: sample["width"] > 20) == 64
     assert bench.least(samples, "width", lambda sample: True) == 16
@@ -3002,67 +3160,104 @@ def test_slopes_and_least_widths_of_known_samples():
     assert bench.spread([3.0, 1.0, 2.0]) == "2 (1 to 3)"
 
 
-@pytest.fixture(scope="module")
-def measured():
-    return {name: measure(True, range(2)) for name, measure in bench.PARTS.items()}
-
-
-def scaled(key, power, factor=1.0):
+def growing(key, power, factor=1.0):
     return lambda sample: {key: factor * sample["width"] ** power}
 
 
-# judge, part, samples, words of the claim; what is put into all of the samples so that it holds, and so that it cannot
+def won_by(winner):
+    def seconds(sample):
+        found = 1.0 if sample["search"] == winner else 2.0
+        return {"end": "converged", "total": found, "training": found}
+
+    return seconds
+
+
+RUN = {"end": "converged", "steps": 3, "active": 0.1, "worst": 0.5}
+PATH = {"kernel": 2.0, "gram change": 1.0, "gram smallest": 1.0, "move": 1.0}
+
+# Experiment, part of its samples, words of the claim; what is put into all samples of that part so
+# that it holds, and so that it cannot.
 VERDICTS = [
-    ("contraction", "contraction", "regime", "widths of the theorem", {"ratios": [0.5]}, {"ratios": [0.51]}),
-    ("contraction", "contraction", "cells", "widths measured", {"ratios": [0.5]}, {"ratios": [0.1, 0.51]}),
-    ("contraction", "contraction", "cells", "widths measured", {"end": "converged"}, {"end": "stuck"}),
-    ("costs", "rest", "costs", "operations of a step", scaled("operations", 0.75), scaled("operations", 0.95)),
-    ("costs", "rest", "costs", "seconds of a step", scaled("seconds", 0.75), scaled("seconds", 0.95)),
-    ("sparsity", "sparsity", "counts", "at most 2 m^0.76", {"largest": 1}, scaled("largest", 1.0)),
-    ("sparsity", "sparsity", "counts", "|Q_i| = O", scaled("mean", 0.7), scaled("mean", 0.99)),
-    ("sparsity", "sparsity", "unions", "|K| is at most", {"union": 7, "sum": 7}, {"union": 8, "sum": 7}),
-    ("sparsity", "sparsity", "unions", "sublinear in m", {"union": 1}, scaled("union", 1.0)),
-    ("trees", "rest", "trees", "init touches", scaled("init", 1.0, 17.0), scaled("init", 1.0, 18.0)),
-    ("trees", "rest", "trees", "an update touches", {"update": 16 * 35}, {"update": 16 * 53}),
-    ("trees", "rest", "trees", "a query touches", {"query": 64, "reported": 2}, {"query": 97, "reported": 2}),
-    ("sketches", "sketches", "distortions", "embeds, random", {"value": 0.1}, {"value": 0.11}),
-    ("sketches", "sketches", "distortions", "embeds, coherent", {"value": 0.1}, {"value": 0.11}),
-    ("sketches", "sketches", "counts", "conjugate gradients", {"value": 20, "log": 1.0}, {"value": 30, "log": 1.0}),
-    ("sketches", "sketches", "counts", "the paper's iteration", {"value": 20, "log": 1.0}, {"value": 30, "log": 1.0}),
-    ("ntk", "ntk", "grams", "H_dis", {"smallest": 0.75, "kernel": 1.0}, {"smallest": 0.74, "kernel": 1.0}),
-    ("ntk", "ntk", "sandwich", "lambda lies between", {"low": 1e-9}, {"low": 1.0, "eigenvalue": 0.9, "high": 2.0}),
-    ("ntk", "ntk", "sandwich", "lambda lies between", {"high": 9.0}, {"high": 1.0, "eigenvalue": 1.1}),
-    ("ntk", "ntk", "grams", "Gram matrix tends", scaled("distance", -0.5), {"distance": 0.1}),
-    ("ntk", "ntk", "gaps", "kernel regression", scaled("value", -0.1), scaled("value", 0.1)),
-    ("norms", "rest", "norms", "|W(0)|", {"weights": 3.0}, {"weights": 3.1}),
-    ("norms", "rest", "norms", "|J_i|", {"jacobian": 1.0}, {"jacobian": 1.1}),
-    ("norms", "rest", "norms", "|f_0|", {"output": 3.0}, {"output": 3.1}),
-    ("paths", "rest", "paths", "|G_t - G_0|", {"gram change": 1.0, "kernel": 2.0}, {"gram change": 1.1, "kernel": 2.0}),
-    ("paths", "rest", "paths", "smallest eigenvalue", {"gram smallest": 1.0, "kernel": 2.0}, {"gram smallest": 0.0}),
-    ("paths", "rest", "paths", "weights move", {"move": 1.0, "kernel": 0.01}, {"move": 1.0, "kernel": 2.0}),
-    ("paths", "rest", "paths", "|J_t - J_0|", {"jacobian change": 1.0, "move": 1.0}, {"jacobian change": 6.0, "move": 1.0}),
-    ("paths", "rest", "paths", "positions", {"flipped / active": 0.1}, {"flipped / active": 0.11}),
-    ("descent", "rest", "descent", "number of steps", {"steps": 4}, lambda sample: {"steps": sample["n"]}),
-    ("shift", "shift", "runs", "one b", {"converged": True, "steps": 3, "active": 0.1, "worst": 0.1}, {"converged": False}),
+    ("contraction", "regime", "widths of the theorem", RUN, {**RUN, "worst": 0.51}),
+    ("contraction", "cells", "widths measured", RUN, {**RUN, "worst": 0.51}),
+    ("contraction", "cells", "widths measured", RUN, {**RUN, "end": "stuck"}),
+    ("costs", "costs", "operations of a step", *(growing("operations", p) for p in (0.75, 0.95))),
+    ("costs", "costs", "seconds of a step", *(growing("seconds", p) for p in (0.75, 0.95))),
+    ("sparsity", "counts", "at most 2 m^0.76", {"largest": 1}, growing("largest", 1.0)),
+    ("sparsity", "counts", "|Q_i| = O", growing("mean", 0.7), growing("mean", 0.99)),
+    ("sparsity", "unions", "|K| is at most", {"union": 7, "sum": 7}, {"union": 8, "sum": 7}),
+    ("sparsity", "unions", "sublinear in m", {"union": 1}, growing("union", 1.0)),
+    ("trees", "trees", "init touches", growing("init", 1.0, 17.0), growing("init", 1.0, 18.0)),
+    ("trees", "trees", "an update touches", {"update": 16 * 35}, {"update": 16 * 53}),
+    ("trees", "trees", "a query", {"query": 64, "reported": 2}, {"query": 97, "reported": 2}),
+    ("sketches", "embeddings", "embeds, random", {"distortion": 0.1}, {"distortion": 0.11}),
+    ("sketches", "embeddings", "embeds, coherent", {"distortion": 0.1}, {"distortion": 0.11}),
+    *(
+        ("sketches", "counts", words, *({"iterations": k, "log": 1.0} for k in (20, 30)))
+        for words in ("conjugate gradients", "the paper's iteration")
+    ),
+    ("ntk", "grams", "H_dis", *({"smallest": found, "kernel": 1.0} for found in (0.75, 0.74))),
+    ("ntk", "sandwich", "between", {"low": 1e-9}, {"low": 1.0, "eigenvalue": 0.9, "high": 2.0}),
+    ("ntk", "sandwich", "between", {"high": 9.0}, {"high": 1.0, "eigenvalue": 1.1}),
+    ("ntk", "grams", "Gram matrix tends", growing("distance", -0.5), {"distance": 0.1}),
+    ("ntk", "gaps", "kernel regression", growing("gap", -0.1), growing("gap", 0.1)),
+    ("norms", "norms", "|W(0)|", {"weights": 3.0}, {"weights": 3.1}),
+    ("norms", "norms", "|J_i|", {"jacobian": 1.0}, {"jacobian": 1.1}),
+    ("norms", "norms", "|f_0|", {"output": 3.0}, {"output": 3.1}),
+    ("paths", "paths", "|G_t - G_0|", PATH, {**PATH, "gram change": 1.1}),
+    ("paths", "paths", "smallest eigenvalue", PATH, {**PATH, "gram smallest": 0.0}),
+    ("paths", "paths", "weights move", {**PATH, "kernel": 0.01}, PATH),
+    ("paths", "paths", "|J_t - J_0|", *({"jacobian change": x, "move": 1.0} for x in (1.0, 6.0))),
+    ("paths", "paths", "positions", {"flipped / active": 0.1}, {"flipped / active": 0.11}),
+    ("descent", "descent", "number of steps", {"steps": 4}, lambda s: {"steps": s["n"]}),
+    ("shift", "runs", "one b", RUN, {"end": "stuck"}),
+    ("crossover", "races", "less time", won_by("lazy"), won_by("dense")),
 ]
+MEASURED = {}  # samples of experiments, by name
 
 
-@pytest.mark.parametrize("judge, part, key, words, good, bad", VERDICTS, ids=[f"{row[0]}-{row[3]}" for row in VERDICTS])
-def test_verdicts_follow_the_samples(measured, judge, part, key, words, good, bad):
+@pytest.mark.parametrize(
+    "name, part, words, good, bad", VERDICTS, ids=[f"{row[0]}-{row[2]}" for row in VERDICTS]
+)
+def test_verdicts_follow_the_samples(name, part, words, good, bad):
+    (experiment,) = (some for some in bench.EXPERIMENTS if some.name == name)
+    MEASURED[name] = MEASURED.get(name) or experiment.measure(True)
     for change, expected in ((good, True), (bad, False)):
-        samples = [{**sample, **(change(sample) if callable(change) else change)} for sample in measured[part][key]]
-        found = {**measured, part: {**measured[part], key: samples}}
-        verdicts = [bool(claim.holds) for claim in getattr(bench, f"judge_{judge}")(found) if words in claim.claim]
-        assert verdicts
-        assert set(verdicts) == {expected}
-
-
-def test_the_race_is_won_where_the_least_median_is(measured):
-    for winner, expected in (("lazy", True), ("dense", False)):
-        cells = [
-            {**cell, "converged": True, **{key: {n: [2.0, 1.0 if n == winner else 2.0] for n in cell[key]} for key in times}}
-            for cell in measured["crossover"]["cells"]
-            for times in [("seconds", "training")]
+        samples = [
+            {**s, **(change(s) if callable(change) else change)} if s["part"] == part else s
+            for s in MEASURED[name]
         ]
-        found = {"crossover": {**measured["crossover"], "cells": cells}}
-        assert {claim.holds for claim in bench.judge_crossover(found)} == {expected}
+        verdicts = [claim.holds for claim in experiment.judge(samples) if words in claim.claim]
+        assert verdicts
+        assert {bool(holds) for holds in verdicts} == {expected}
+        assert all(isinstance(holds, (bool, np.bool_)) for holds in verdicts)
+
+
+def test_every_claim_has_a_verdict_that_is_tested():
+    for claim in bench.all_claims():
+        assert any(words in claim.claim for _, _, words, _, _ in VERDICTS), claim.claim
+
+
+# ==================================================================================================
+# The benchmark: what it writes
+# ==================================================================================================
+
+
+def test_readme_says_what_the_committed_measurements_say():
+    text = (HERE / "README.md").read_text("utf-8")
+    numbers = bench.readme_numbers()
+    names = [mark[1] for mark in bench.MARK.finditer(text)]
+    assert names and set(names) <= set(numbers)
+    assert bench.filled(text, numbers) == text
+
+
+def test_the_page_of_claims_says_what_the_committed_measurements_say():
+    page = (HERE / "plots" / "claims.md").read_text("utf-8")
+    assert page == bench.claims_page(bench.all_claims())
+
+
+def test_marks_are_filled_by_name_and_others_stay():
+    text = "lazy: <!-- a b -->41 times<!-- end -->, <!-- c -->\n\nold\n\n<!-- end -->."
+    once = bench.filled(text, {"a b": "42 times", "d": "not there"})
+    assert once == text.replace("41", "42")
+    assert bench.filled(once, {"c": "\n\nnew\n\n"}) == once.replace("old", "new")
