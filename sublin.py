@@ -1383,8 +1383,13 @@ class _Search:
 
     def network(self):
         """The network as it is now."""
-        weights = self._weights(np.arange(self.live.size))
-        return _Network(self.start, self.shift, self.live, self.signs, weights)
+        if self._network_of[0] is not self.outputs:
+            weights = self._weights(np.arange(self.live.size))
+            network = _Network(self.start, self.shift, self.live, self.signs, weights)
+            self._network_of = self.outputs, network
+        return self._network_of[1]
+
+    _network_of = None, None  # the outputs, which every step replaces, and their network
 
 
 class _StoredProducts(_Search):
@@ -1560,6 +1565,7 @@ class _Ledger:
         order of their neurons."""
         shape = neurons.size, sums.size
         active = scipy.sparse.csr_matrix((sums[points], points, offsets), shape=shape)
+        active.sort_indices()  # so that sums do not depend on the order of a row
         entries = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
         for pieces, then in self.looks:
             for flips, _ in filter(None, pieces):
@@ -3073,7 +3079,8 @@ class SublinearTrainer:
         fitted["init_seconds_"] = time.perf_counter() - begin
         # Nothing of this object changes before, so that input that is refused leaves it as it was;
         # and all at once, since an interrupt may come at any moment.
-        self.__dict__ = {**self.get_params(), **fitted}
+        kept = {name: value for name, value in vars(self).items() if name != "feature_names_in_"}
+        self.__dict__ = {**kept, **fitted}
 
     def _go_on(self, X, y, shift, progress):
         """The weights as they are, perhaps other points, targets or methods."""
@@ -3222,7 +3229,7 @@ class SublinearTrainer:
         }
         reached = {"residual_": residual, "converged_": residual <= self.tol}
         reached |= {"n_iter_": len(history), "history_": [*history, record]}
-        return {**reached, "_unfinished": None, "_network": None}
+        return {**reached, "_unfinished": None}
 
     def _roll_back(self):
         """Takes back a step that has begun and is not in history_."""
@@ -3311,9 +3318,7 @@ class SublinearTrainer:
             error = _of_sklearn("NotFittedError", AttributeError)
             raise error("this SublinearTrainer is not fitted yet; call fit(X, y) first")
         self._roll_back()
-        if self._network is None:
-            self._network = self._search.network()
-        return self._network
+        return self._network if self._search is None else self._search.network()
 
     @property
     def loss_curve_(self):
@@ -3885,16 +3890,27 @@ def _sum_over_chunks(kernel, size, n, work, *arguments):
     return sums.sum(axis=0)
 
 
-_blas = {"users": set(), "limits": None, "lock": threading.Lock()}
+_blas = {"users": set(), "before": None, "lock": threading.Lock()}
 
 
 @cache
-def _blas_controller():
-    """Threads of all BLAS libraries of the process, or None where threadpoolctl is missing."""
-    with suppress(ImportError):
+def _blas_libraries():
+    """Controllers of the BLAS libraries of the process; none where threadpoolctl is missing."""
+    try:
         from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return []
+    return ThreadpoolController().select(user_api="blas").lib_controllers
 
-        return ThreadpoolController()
+
+def _release_blas(user):
+    """Gives BLAS its threads back if nobody else wants one only."""
+    with _blas["lock"]:
+        _blas["users"].discard(user)
+        if not _blas["users"] and _blas["before"] is not None:
+            for library, threads in _blas["before"]:
+                library.set_num_threads(threads)
+            _blas["before"] = None
 
 
 @contextmanager
@@ -3903,16 +3919,18 @@ def _one_blas_thread():
 
     Their idle threads spin for some 25 ms after a call, on cores that our own threads wait for.
     """
-    controller, user = _blas_controller(), object()
+    user = object()
     try:
         with _blas["lock"]:
             _blas["users"].add(user)
-            if _blas["limits"] is None and controller is not None:
-                _blas["limits"] = controller.limit(limits=1, user_api="blas")
+            if _blas["before"] is None:
+                _blas["before"] = [(some, some.num_threads) for some in _blas_libraries()]
+                for library in _blas_libraries():
+                    library.set_num_threads(1)
         yield
     finally:
-        with _blas["lock"]:
-            _blas["users"].discard(user)
-            if not _blas["users"] and _blas["limits"] is not None:
-                _blas["limits"].restore_original_limits()
-                _blas["limits"] = None
+        try:
+            _release_blas(user)
+        except BaseException:  # an interrupt: once more
+            _release_blas(user)
+            raise
