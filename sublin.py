@@ -89,8 +89,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 import scipy.special
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from scipy.linalg.lapack import dpotrf, dpotrs
 from scipy.sparse.linalg import LinearOperator, cg
 
@@ -115,7 +114,10 @@ __all__ = [
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 # Sums over neurons are added up in this many chunks, whatever the number of threads, and the
-# chunks in their order, so that a seed gives the same bits with any number of threads.
+# chunks in their order, so that a seed gives the same bits with any number of threads. Kernels that
+# threads share end in (low, high), a range of items, or in (edges, sums), where edges divide items
+# into chunks and each chunk has a row of sums; _over_items and _sum_over_chunks, at the end of the
+# module, call them.
 CHUNKS = 64
 
 
@@ -129,8 +131,9 @@ def reference(X, y, W, signs, shift, damping=0.0):
 
     X (n, d), rows of length 1; y (n,); W (m, d); signs (m,); shift and damping are numbers. Returns
     (f, G, g, W_next): outputs (n,) before the step, Gram matrix (n, n), dual step (n,) and weights
-    (m, d) after it. Costs O(m n (n + d)) operations and 3 n m numbers of memory, in the precision
-    of X and W, but for g, which is solved for in float64. Nothing is checked, nothing is changed.
+    (m, d) after it. Costs O(m n (n + d)) operations and about 2.3 n m numbers of memory, in the
+    precision of X, which W and signs should have; g is solved for in float64. Nothing is checked,
+    nothing is changed.
     """
     scale = X.dtype.type(len(W) ** -0.5)
     excess = X @ W.T  # (n, m)
@@ -308,7 +311,8 @@ class _Start(NamedTuple):
 
 
 def _for_each_neuron(work):
-    """The same work, given a row of weights for each neuron also where two share a vector."""
+    """Wraps the work on a block: it gets a row of weights for each neuron, also where two share
+    one."""
 
     def repeated(first, vectors, signs):
         return work(first, np.repeat(vectors, signs.size // len(vectors), axis=0), signs)
@@ -388,7 +392,8 @@ def _set_maximum(rows, first_child, parent):
 
 @njit(cache=True, nogil=True)
 def _mend(rows, first_child, first_parent, parents, low, high):
-    """Mends the parents low, ..., high - 1 of those given, of one level. O(n FAN_OUT) each."""
+    """Recomputes the maxima of the parents low, ..., high - 1 of those given, of one level.
+    O(n FAN_OUT) each."""
     for q in range(low, high):
         _set_maximum(rows, first_child + parents[q] * FAN_OUT, first_parent + parents[q])
 
@@ -444,10 +449,10 @@ def _report(rows, neurons, offsets, tau, low, high, points, values, begin, end):
 
 
 def _least_at_or_above(tau, dtype):
-    """The least finite number of a precision that is >= tau, so that comparing with it is comparing
-    with tau itself. Infinite where tau is above all numbers.
+    """The least number of a precision that is >= tau and above -inf, so that comparing with it is
+    comparing with tau; inf if tau is above all finite ones.
 
-    Finite, because padding is -inf and must never be reported.
+    Not -inf, because padding is -inf and must never be reported.
     """
     with np.errstate(over="ignore"):
         least = np.maximum(dtype.type(tau), np.finfo(dtype).min)
@@ -458,9 +463,9 @@ def _query(rows, levels, low, high, tau):
     """Algorithm 4 for the trees low, ..., high - 1 at once: descend from the top into every group
     that reaches tau.
 
-    Returns the active sets, the products of the active pairs, the number of nodes touched, which
-    for one tree is at most FAN_OUT max(1, reported leaves) (levels), and that of neurons whose
-    leaves were. Given levels of height one it compares every leaf.
+    Returns the active sets, the products of the active pairs, the number of nodes touched, for one
+    tree at most FAN_OUT x levels for each leaf reported, or once if none is, and that of leaves
+    compared, with padding. Given levels of height one it compares every leaf.
     """
     least = _least_at_or_above(tau, rows.dtype)
     groups = np.arange((levels[-1] - levels[-2]) // FAN_OUT)
@@ -473,11 +478,11 @@ def _query(rows, levels, low, high, tau):
         touched += work
         reached = np.flatnonzero(counts)
         groups = groups[reached // FAN_OUT] * FAN_OUT + reached % FAN_OUT
-    offsets = np.append(0, np.cumsum(counts[reached]))
+    neurons, offsets = groups, np.append(0, np.cumsum(counts[reached]))
     points, values = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], rows.dtype)
-    where = rows, groups, offsets, least, low, high, points, values
-    _over_items(_report, groups.size, groups.size * (high - low), *where)
-    return ActiveSets(groups, offsets, points), values, touched, counts.size
+    where = rows, neurons, offsets, least, low, high, points, values
+    _over_items(_report, neurons.size, neurons.size * (high - low), *where)
+    return ActiveSets(neurons, offsets, points), values, touched, counts.size
 
 
 @njit(cache=True, nogil=True)
@@ -639,8 +644,8 @@ IN_ORDER, SCATTERED, FAR_SCATTERED = 2.0, 4.0, 16.0
 
 @njit(inline="always")
 def _through_gram(k, count, d, entry):
-    """How `count` products are moved by multiples of k points at the least cost: if true through
-    k x count entries of X X^T, else through the sum of the multiples, a vector (d,)."""
+    """Whether `count` products of a weight vector that moves by a combination of k points are
+    cheaper moved through k x count entries of X X^T than through the combination itself, (d,)."""
     return entry * k * count <= (k + count) * d
 
 
@@ -676,8 +681,8 @@ def _jacobian_transpose_times(X, active, signs, v, out, low, high):
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def _add_gram_times(X, XXt, active, v, edges, sums):
-    """Adds G v m to sums, neuron by neuron: k^2 operations through X X^T if it is active on k <= d
-    points, as most are, and 2 k d through J (J^T v) otherwise."""
+    """Adds G v m to sums, neuron by neuron: k^2 operations through X X^T if it is active on
+    k <= d / 2 points, as most are, and 2 k d through J (J^T v) otherwise."""
     d = X.shape[1]
     w = np.empty(d)
     for chunk in range(edges.size - 1):
@@ -704,20 +709,14 @@ def _count_pairwise(active, low, high, counts):
                 counts[active.points[e], active.points[f]] += 1
 
 
-@intrinsic
-def _population(typing_context, word):
-    """How many bits of a uint64 are set."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.ctpop(arguments[0])
-
-    return types.uint64(types.uint64), generate
-
-
-if numba.config.DISABLE_JIT:
-
-    def _population(word):
-        return int(word).bit_count()
+@njit(inline="always")
+def _population(word):
+    """How many bits of a uint64 are set; compiled to one instruction."""
+    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    twos = np.uint64(0x3333333333333333)
+    word = (word & twos) + ((word >> np.uint64(2)) & twos)
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
 @njit(cache=True, nogil=True)
@@ -746,19 +745,19 @@ def _coactivity(active, n):
     pairs = float(np.sum(np.diff(active.offsets).astype(float) ** 2))
     in_words = WORD * n * n * active.neurons.size / 64
     count = _count_in_words if in_words < pairs else _count_pairwise
-    partial = _counts_of_threads(n)
+    lower = _counts_of_threads(n)
     edges = _edges(active.neurons.size)
 
     def of_share(thread, low, high):
-        count(active, edges[low], edges[high], partial[thread])
+        count(active, edges[low], edges[high], lower[thread])
 
-    _in_threads(of_share, min(in_words, pairs), len(partial))
-    lower = partial.sum(axis=0)
+    _in_threads(of_share, min(in_words, pairs), len(lower))
+    lower = lower.sum(axis=0)
     return lower + np.tril(lower, -1).T
 
 
 def _counts_of_threads(n):
-    """Zeros (threads, n, n): one array for each thread, and no more than 256 MB of them."""
+    """Zeros (threads, n, n): one for each thread, and as few threads as take 256 MB, or one."""
     threads = max(1, min(numba.get_num_threads(), (1 << 26) // n**2))
     return np.zeros((threads, n, n), np.int32)
 
@@ -855,7 +854,7 @@ class SparseJacobian(LinearOperator):
 # Sketches (Definition 2.1, Lemma 2.2)
 # ==================================================================================================
 #
-# S J^T is a sum over active pairs of m^(-1/2) a_r S (e_r (x) x_i), so only the columns of S that
+# S J^T is a sum over active pairs of m^(-1/2) a_r S kron(e_r, x_i), so only the columns of S that
 # meet an active neuron are ever computed, each from a hash of its number. Every sketch is
 # unbiased: E[(S J^T)^T (S J^T)] = G.
 
@@ -917,8 +916,10 @@ def _sparse_sign_times(X, indptr, slots, neurons, signs, key, out, low, high):
     for i in range(low, high):
         for j in range(SPARSITY):
             first, length = size * j // SPARSITY, size * (j + 1) // SPARSITY - size * j // SPARSITY
+            if length == 0:
+                continue
             totals = np.zeros(length)
-            for z in range(indptr[i], indptr[i + 1] if length else indptr[i]):
+            for z in range(indptr[i], indptr[i + 1]):
                 bits = _hash(key, np.uint64(neurons[slots[z]] * SPARSITY + j))
                 shift = np.int64(((bits >> np.uint64(32)) * np.uint64(length)) >> np.uint64(32))
                 totals[shift] += -signs[slots[z]] if bits & np.uint64(1) else signs[slots[z]]
@@ -926,7 +927,7 @@ def _sparse_sign_times(X, indptr, slots, neurons, signs, key, out, low, high):
             for shift in np.flatnonzero(totals):
                 for k in range(d):
                     unwound[shift + k] += totals[shift] * X[i, k]
-            for k in range(unwound.size if length else 0):
+            for k in range(unwound.size):
                 out[i, first + k % length] += unwound[k]
 
 
@@ -1095,9 +1096,9 @@ def _conjugate_gradients(system, residual, tolerance, limit, inverse=None):
     return step, iterations
 
 
-# From so many points on, the factor of an earlier Gram matrix is a preconditioner for as long as at
-# most 1 / STALE of the active pairs have flipped since: a few iterations then take half the time of
-# a new factor, and more than ten where 39 % have flipped, as long as that.
+# With REUSE points or more, an earlier factor preconditions conjugate gradients as long as at most
+# 1 / STALE of the pairs have flipped since: a few iterations, half the time of a new factor. Where
+# 39 % had flipped it took more than ten, as long as a new factor.
 REUSE, STALE = 4096, 20
 
 
@@ -1110,8 +1111,8 @@ class _Solver:
 
 
 class _Cholesky(_Solver):
-    """Exact, from the Gram matrix and its Cholesky factor [CGH+19]: O(n^3) after the Gram matrix,
-    or O(n^2) for each iteration where the factor of an earlier one is near."""
+    """Exact, from the Gram matrix and its Cholesky factor [CGH+19, ZMG19]: O(n^3) after the Gram
+    matrix, or O(n^2) for each iteration where the factor of an earlier one is near."""
 
     def __init__(self, X, shift):
         self._factor, self._flips = None, 0  # the earlier factor, and J.flips when it was made
@@ -1234,8 +1235,9 @@ class _Richardson(_Sketch):
 
 
 class _Gradient(_Solver):
-    """Gradient descent: g = rate (f - y), the rate being 1 / ||G_0||, half of what would just fail
-    to converge, or zero if G_0 is. Damping divides it by 1 + rate mu, where it is `damped`."""
+    """Gradient descent [SYZ21]: g = rate (f - y), the rate being 1 / ||G_0||, half of what would
+    just fail to converge, or zero if G_0 is. Damping divides it by 1 + rate mu, where it is
+    `damped`."""
 
     def __init__(self, X, shift, damped):
         self._rate, self._damped = None, damped
@@ -1269,7 +1271,7 @@ SOLVERS = {
 
 
 class _Network(NamedTuple):
-    """A trained network that does not train: weights of live neurons, and how others are drawn."""
+    """A trained network, for predictions: weights of live neurons, and how others are drawn."""
 
     start: _Start
     shift: float
@@ -1281,18 +1283,16 @@ class _Network(NamedTuple):
         """f (k,) at the rows of X (k, d). Antisymmetric dead neurons cancel on every input, and are
         left out."""
 
-        def of_block(first, W, signs):
+        def of_block(W, signs):
             parts = [X[low : low + 256] for low in range(0, len(X), 256)]  # 32 MB of products each
             return np.concatenate([np.maximum(x @ W.T - self.shift, 0.0) @ signs for x in parts])
 
         if self.start.init == "antisymmetric" or self.live.size == self.start.width:
             rows = (slice(low, low + BLOCK) for low in range(0, self.live.size, BLOCK))
-            blocks = (
-                of_block(0, self.weights[some].astype(float), self.signs[some]) for some in rows
-            )
+            blocks = (of_block(self.weights[some].astype(float), self.signs[some]) for some in rows)
         else:
             trained = self._trained()
-            blocks = self.start.blocks(lambda *block: of_block(0, *trained(*block)))
+            blocks = self.start.blocks(lambda *block: of_block(*trained(*block)))
         return sum(blocks, np.zeros(len(X))) / np.sqrt(self.start.width)
 
     def _trained(self):
@@ -1340,9 +1340,12 @@ class _Network(NamedTuple):
 # Searches: where the active pairs are found, and the weights moved
 # ==================================================================================================
 #
-# A step is a transaction. mark() keeps what undo(mark) needs to take the next step back, to the
-# bit; advance() takes it. undo() may be called when advance() was broken off at any moment, for
-# whatever reason, and again when undo() itself was.
+# A search begins at a network (_begin) and goes on by steps: jacobian() is J as it stands, and
+# advance(step, lap) moves the weights and finds what is active then; lap(phase) books seconds.
+#
+# A step is a transaction. mark() keeps what undo(mark) needs to take the next step back: weights,
+# outputs and active sets are then as they were, to the bit. undo() may be called when advance() was
+# broken off at any moment, for whatever reason, and again when undo() itself was.
 
 
 class _Moved(NamedTuple):
@@ -1755,8 +1758,9 @@ class _Tree(_Scan):
 #
 # To *look* at a neuron is to move the products of its row to where they are now, to flip the pairs
 # that have crossed b, and to find its *slack*: the travel below which, by (*), no pair can flip.
-# The slack is the least of what active products are above b, what others in the row are below b
-# over cross, and the margin over cross; the margin shrinks as the neuron moves.
+# The slack is the least of product - b over active pairs, (b - product) / cross over the others in
+# the row, and margin / cross. The margin shrinks by cross L as the neuron moves, or by the length
+# of the move if that is less.
 #
 # Nor need the travel be computed in every step. It grows by at most |act(r)| times what D, the sum
 # of max_i |g_i| / sqrt(m) over the steps, does. So D + slack / |act(r)| is a *certificate*: before
@@ -1771,10 +1775,10 @@ class _Tree(_Scan):
 #     certificate      D + 0.1 / 2
 #
 # If it has travelled 0.08 when D comes there, it gets a new certificate, D + (0.1 - 0.08) / 2. If
-# it has travelled 0.5, it is looked at:
+# it has travelled 0.6, it is looked at. Two pairs have crossed b, and change places:
 #
 #     points           3     0   |  1     2            4 5 6 7
-#     products         2.5   2.1 |  1.9   1.3          below 2 - 1 + 0.5 x 0.5: the margin is 0.75
+#     products         2.5   2.1 |  1.9   1.3          below 2 - 1 + 0.5 x 0.6: the margin is 0.7
 #
 # A neuron active on one point x_i only, as most are if n is small, is known better. It moves along
 # x_i, and each product by <x_i, x_j> times as much; so it has a slack for either direction, and
@@ -2316,7 +2320,8 @@ class _Lazy(_Search):
         n, d = self.X.shape
         copies = signs.size // len(vectors)
         # No float32 product is further from the float64 one than this; a normal number is below 8.3
-        # in size (NumPy's ziggurat).
+        # in size (NumPy's ziggurat). So a neuron may be active from b - rounding on, and what is
+        # above b - 2 rounding - margin in float32 covers b - rounding - margin in float64.
         rounding = (d + 4) * np.finfo(np.float32).eps * 8.3 * np.sqrt(d)
         largest = np.finfo(np.float32).max
         lowered = np.clip(self.shift - np.array([1, 2]) * rounding, -largest, largest)
@@ -2347,7 +2352,7 @@ class _Lazy(_Search):
         """All rows in one stretch of memory; those of moved neurons come last, and are empty."""
         vectors, numbers, signs, rows, points, products = zip(*stretches, strict=True)
         self._vectors = np.concatenate([*vectors, moved.weights])  # float32 if none has moved
-        self._copies = sum(map(len, numbers)) // max(1, sum(map(len, vectors)))
+        self._copies = 2 if self.start.init == "antisymmetric" else 1
         self.live = np.concatenate([*numbers, moved.numbers])
         self.signs = np.concatenate([*signs, moved.signs]).astype(float)
         self.n_live, self._used = self.live.size, sum(map(len, points))
@@ -2364,8 +2369,8 @@ class _Lazy(_Search):
         self._live = LiveRows(all_rows, np.full(self.n_live, np.inf), all_points, all_products)
 
     def _place(self, neurons, products, active, margins):
-        """Makes the rows of some neurons, whose products are now products (k, n), of the pairs that
-        are active (k, n) and of those >= b - margin."""
+        """Writes rows of some neurons behind all others: active pairs first, then those whose
+        products are >= b - margin; products and active are (k, n)."""
         n, rows = len(self.X), self._live.rows[neurons]
         kept = active | (products >= (self.shift - margins)[:, None])
         places, points = np.nonzero(kept)
@@ -2419,6 +2424,8 @@ class _Lazy(_Search):
     def advance(self, step, lap):
         """W <- W - J^T step, and all that follows from it; returns the number of flips."""
         before = self.flips
+        if self._moments.now - self._moments.first + 3 > MOMENTS:  # undo() takes one more
+            self._forget()
         with _one_blas_thread():
             self.outputs = self.outputs - self.gram @ step
         self.operations += step.size**2
@@ -2435,7 +2442,8 @@ class _Lazy(_Search):
                 _unflip(self._live, *piece)
             looks.pop()
         self.outputs, self.counts, self.changing, self.flips = mark["state"]
-        self._go_to(mark["sums"])
+        if not np.array_equal(self._sums, mark["sums"]):
+            self._go_to(mark["sums"])
         self._look_around()  # a pair within rounding of b may flip
 
     def settle(self):
@@ -2443,18 +2451,20 @@ class _Lazy(_Search):
         self.outputs = self._active_outputs()
 
     def _go_to(self, sums):
-        """The next moment."""
-        if self._moments.now - self._moments.first == MOMENTS - 1:
-            moving = self._live.rows["active"] > 0
-            self._live.rows["slack"][moving] = self._live.certificates[moving] = -np.inf
-            self._look_around()
-            first, fresh = self._moments.now, np.zeros_like(self._moments.sums)
-            fresh[0] = self._sums
-            self._moments = self._moments._replace(first=first, sums=fresh)
+        """Makes `sums` the s of a new moment, and adds to D."""
         first, now, all_sums, distance = self._moments
-        distance += np.abs(sums - self._sums).max() * self._geometry.unit
         all_sums[now + 1 - first] = sums
+        distance += np.abs(sums - self._sums).max() * self._geometry.unit
         self._moments = Moments(first, now + 1, all_sums, distance)
+
+    def _forget(self):
+        """Looks at all neurons that move, so that earlier moments are not needed any more."""
+        moving = self._live.rows["active"] > 0
+        self._live.rows["slack"][moving] = self._live.certificates[moving] = -np.inf
+        self._look_around()
+        sums = np.zeros_like(self._moments.sums)
+        sums[0] = self._sums
+        self._moments = self._moments._replace(first=self._moments.now, sums=sums)
 
     def _look_around(self):
         """Looks where a pair may have flipped, and where a row was too short for that once more."""
@@ -2520,6 +2530,7 @@ class _Lazy(_Search):
 
     def gathered(self, order):
         """The active sets of some neurons, named by where they stand in `order`."""
+        # Pairs by neuron are put in order by point, and by neuron again: that sorts their points.
         by_neuron = ActiveSets(np.arange(order.size), *_active_pairs(self._live, order))
         return _by_neuron(*_by_point(by_neuron, len(self.X)), order.size)
 
@@ -2531,7 +2542,7 @@ class _Lazy(_Search):
     def _weights(self, neurons):
         # Vectors of neurons that were drawn are shared; others have one each.
         drawn = np.minimum(neurons, self._n_drawn)
-        start = self._vectors[drawn // max(1, self._copies) + (neurons - drawn)].astype(float)
+        start = self._vectors[drawn // self._copies + (neurons - drawn)].astype(float)
         pairs = _active_pairs(self._live, neurons)
         gamma = self._ledger.gamma(neurons, *pairs, self._sums)
         return start - (self.signs[neurons] / np.sqrt(self.width))[:, None] * (gamma @ self.X)
@@ -2613,7 +2624,8 @@ class _Standard(NamedTuple):
         return cls(unit, mean, np.where(constant, np.inf, deviation))
 
     def __call__(self, A, factors=1.0):
-        """Of A times the `factors` of its rows, which are to be applied to 1 as well."""
+        """A standardised, row k multiplied by factors[k] (k, 1), which keeps huge rows finite; what
+        is appended to a row must be multiplied by it too."""
         with np.errstate(over="ignore", invalid="ignore"):
             columns = (A * factors / self.unit - self.mean * factors) / self.deviation
         return np.where(np.isinf(self.deviation), 0.0, columns)
@@ -2766,6 +2778,8 @@ def _load(kind, path):
             if about["format"] not in (FORMAT, *FORMATS):
                 raise ValueError(f"its format is {about['format']!r}")
             return _restored(kind, about, arrays)
+        except MemoryError:
+            raise
         except Exception as error:  # what a damaged archive raises is of many kinds
             raise ValueError(
                 "path must be a file written by SublinearTrainer.save, but "
@@ -2848,8 +2862,8 @@ class _Damping:
 
     "auto" takes mu in proportion to the residual, which keeps convergence superlinear [YF01], and
     the factor of proportion from the gain ratio: the decrease of ||f - y||^2 over the one that the
-    linear model f - G g promised. Its bounds are bold, since with the usual ones real data take
-    many times as many steps.
+    linear model f - G g promised. Its bounds are 0.3 and 0.05, since with the usual 0.75 and 0.25
+    real data take many times as many steps.
     """
 
     def __init__(self, damping):
@@ -2938,8 +2952,8 @@ class SublinearTrainer:
         "dense"  products anew: O(n m d).
     solver : how (G + damping I) g = f - y is solved.
         "cholesky"    exactly, from the Gram matrix.
-        "sketch"      conjugate gradients preconditioned by a sketch of J^T: the paper, end to end.
-        "richardson"  the same with the paper's own iteration, which needs a larger sketch.
+        "sketch"      conjugate gradients preconditioned by the paper's sketch of J^T.
+        "richardson"  the paper's iteration and sketch, which must be larger then.
         "cg"          conjugate gradients, no preconditioner.
         "gradient"    g = (f - y) / ||G_0||: gradient descent. damping="auto" shortens the steps
                       where the residual would rise; a number has no effect.
@@ -3074,8 +3088,9 @@ class SublinearTrainer:
         fitted = self._problem(X, y, shift, start, _Moved.none(X.shape[1]), progress)
         fitted |= {"_scales": scales, "shift_": shift, "n_features_in_": n_features}
         fitted |= {} if names is None else {"feature_names_in_": names}
-        damping = float(self.damping) if isinstance(self.damping, (int, float)) else 0.0
-        fitted |= self._with_record([], fitted, _Stopwatch(), damping=damping)
+        damping = 0.0 if self.damping == "auto" else float(self.damping)
+        told = dict.fromkeys(("changed", "flips", "inner_iterations", "rejected"), 0)
+        fitted |= self._with_record([], fitted, _Stopwatch(), damping=damping, **told)
         fitted["init_seconds_"] = time.perf_counter() - begin
         # Nothing of this object changes before, so that input that is refused leaves it as it was;
         # and all at once, since an interrupt may come at any moment.
@@ -3151,8 +3166,8 @@ class SublinearTrainer:
         """One step and its record; False if no damping makes the residual fall."""
         search, stopwatch, before = self._search, _Stopwatch(), self.residual_
         J = search.jacobian()
-        # What no step can reduce is left out of g, which it would blow up as mu falls, without
-        # moving any weight.
+        # g leaves out the part of f - y that no step can reduce: it would blow g up as mu falls,
+        # without moving a weight.
         residual = search.outputs - (self._y - self._unreachable)
         for rejected in range(TRIALS):
             mu = damping.value(search.nnz / (len(self._X) * search.width), before)
@@ -3194,17 +3209,7 @@ class SublinearTrainer:
             lap("seconds_solve")
         return solved
 
-    def _with_record(
-        self,
-        history,
-        fitted,
-        stopwatch,
-        changed=0,
-        flips=0,
-        inner_iterations=0,
-        damping=0.0,
-        rejected=0,
-    ):
+    def _with_record(self, history, fitted, stopwatch, **told):
         """The attributes of this object that a step changes, if what is fitted is at its end."""
         search, y, n = fitted["_search"], fitted["_y"], len(fitted["_y"])
         residual = _relative_residual(search.outputs, y)
@@ -3217,12 +3222,8 @@ class SublinearTrainer:
             "residual": residual,
             "loss": loss,
             "active": search.nnz / n,
-            "changed": changed,
             "looked_at": looked_at,
-            "flips": flips,
-            "inner_iterations": inner_iterations,
-            "damping": damping,
-            "rejected": rejected,
+            **told,
             "operations": operations,
             "seconds": sum(stopwatch.phases.values()),
             **stopwatch.phases,
@@ -3247,7 +3248,7 @@ class SublinearTrainer:
         """Says why training has ended above tol, and what to change."""
         silent = np.flatnonzero(self._search.jacobian().active_counts() == 0)
         last = [record["residual"] for record in self.history_[-6:]]
-        floor = _relative_residual(self._unreachable + self._y, self._y)
+        floor = np.linalg.norm(self._unreachable) / _norm(self._y)
         remedy = "it has stopped falling; lower shift or raise width, for more active neurons"
         if not np.isfinite(self.residual_) or last[-1] > 1.5 * min(last):
             remedy = 'the pure step diverges; set damping="auto", or use a larger width or a '
@@ -3270,7 +3271,7 @@ class SublinearTrainer:
         warnings.warn(
             f"relative residual {self.residual_:.2e} after {self.n_iter_} steps is above "
             f"tol={self.tol:g}: {remedy}",
-            _convergence_warning(),
+            _convergence_warning(_of_sklearn("ConvergenceWarning", ConvergenceWarning)),
             stacklevel=3,
         )
 
@@ -3455,10 +3456,9 @@ def _relative_residual(outputs, y):
     return float(np.linalg.norm(outputs - y) / _norm(y))
 
 
-def _convergence_warning():
-    """ConvergenceWarning, which is scikit-learn's too if that is in use, so that filters of either
-    work."""
-    theirs = _of_sklearn("ConvergenceWarning", ConvergenceWarning)
+@cache
+def _convergence_warning(theirs):
+    """ConvergenceWarning that is scikit-learn's too, so that filters of either work."""
     return type("ConvergenceWarning", tuple(dict.fromkeys((ConvergenceWarning, theirs))), {})
 
 
