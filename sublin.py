@@ -78,10 +78,10 @@ import threading
 import time
 import warnings
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, cached_property, partial
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numba
@@ -3071,7 +3071,9 @@ class SublinearTrainer:
             if not stopped:
                 self._train(progress)
         except SystemError as error:  # what an exception in a compiled kernel may show as
-            raise error.__cause__ or error from None
+            while isinstance(error, SystemError) and error.__cause__ is not None:
+                error = error.__cause__
+            raise error from None
         finally:
             self._roll_back()
             progress.close()
@@ -3799,9 +3801,18 @@ def _check_memory(what, needed, remedy="use fewer neurons or points"):
 
 
 @cache
-def _pool(process):
-    """Threads that wait for work, of this `process`: a fork inherits the object without them."""
-    return ThreadPoolExecutor(numba.config.NUMBA_NUM_THREADS)
+def _helpers(process):
+    """A queue of functions that threads of this `process` call; a fork would inherit it without
+    them. No ThreadPoolExecutor, whose locks an interrupt can leave locked for ever."""
+    tasks = SimpleQueue()
+
+    def help_out():
+        while True:
+            tasks.get()()
+
+    for _ in range(numba.config.NUMBA_NUM_THREADS):
+        threading.Thread(target=help_out, daemon=True).start()
+    return tasks
 
 
 def _join(locks):
@@ -3847,7 +3858,7 @@ def _in_threads(task, work, most=CHUNKS):
     try:
         with suppress(RuntimeError):  # where the interpreter ends, and starts no more threads
             for thread in range(1, threads):
-                _pool(os.getpid()).submit(help_out, thread)
+                _helpers(os.getpid()).put(partial(help_out, thread))
         serve(0)
     finally:
         left.clear()
