@@ -89,7 +89,8 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 import scipy.special
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 from scipy.linalg.lapack import dpotrf, dpotrs
 from scipy.sparse.linalg import LinearOperator, cg
 
@@ -709,14 +710,20 @@ def _count_pairwise(active, low, high, counts):
                 counts[active.points[e], active.points[f]] += 1
 
 
-@njit(inline="always")
-def _population(word):
-    """How many bits of a uint64 are set; compiled to one instruction."""
-    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
-    twos = np.uint64(0x3333333333333333)
-    word = (word & twos) + ((word >> np.uint64(2)) & twos)
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
+@intrinsic
+def _population(typing_context, word):
+    """How many bits of a uint64 are set, by one instruction."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), generate
+
+
+if numba.config.DISABLE_JIT:
+
+    def _population(word):
+        return int(word).bit_count()
 
 
 @njit(cache=True, nogil=True)
