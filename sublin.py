@@ -29,7 +29,8 @@ Notation (the paper's symbol, its name here, its meaning, its shape)
     Q_i     active    neurons active on x_i: {r : <w_r, x_i> >= b}                      set
     act(r)  --        points on which neuron r is active: {i : r in Q_i}                set
     K       neurons   neurons active on some point, which are those a step changes      set
-    --      live      neurons active on some point at the start: all that ever change   set
+    --      live      neurons active on some point at the start, or of an earlier fit:  set
+                      all that ever change. The others are dead
     --      pair      a neuron r and a point i; it is active if r is in Q_i
     --      flip      a pair that became active, or ceased to be, in a step
     J       J         Jacobian; block (i, r) is m^(-1/2) a_r x_i^T if r in Q_i, else 0  (n, m d)
@@ -116,9 +117,9 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 # Sums over neurons are added up in this many chunks, whatever the number of threads, and the
 # chunks in their order, so that a seed gives the same bits with any number of threads. Kernels that
-# threads share end in (low, high), a range of items, or in (edges, sums), where edges divide items
-# into chunks and each chunk has a row of sums; _over_items and _sum_over_chunks, at the end of the
-# module, call them.
+# end in (low, high) work on a range of items and are called by _over_items, at the end of the
+# module; those that end in (edges, totals) are called by _sum_over_chunks: edges divide items into
+# chunks, and each chunk has a row of totals.
 CHUNKS = 64
 
 
@@ -285,9 +286,10 @@ class _Start(NamedTuple):
             signs = 2 * self._stream(number, 1).integers(0, 2, count, dtype=np.int8) - 1
         return self._stream(number, 0).standard_normal((count, self.d), dtype=np.float32), signs
 
-    def _stream(self, block, number):
+    def _stream(self, block, kind):
+        """Generator of a block's vectors (0) or signs (1)."""
         key = np.array([self.seed, block], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, number]))
+        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, kind]))
 
     def probe(self):
         """The first starting weights, by which a change of NumPy's generator is noticed."""
@@ -419,27 +421,27 @@ def _mend_ancestors(rows, levels, nodes, level=0):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _count_reaching(rows, first, groups, tau, low, high, counts, begin, end):
-    """counts of the points i in [low, high) with rows[r, i] >= tau, for every row r of the groups
-    of siblings begin, ..., end - 1 of those given."""
+def _count_reaching(rows, first, groups, tau, first_point, end_point, counts, low, high):
+    """counts of the points i in [first_point, end_point) with rows[r, i] >= tau, for every row r of
+    the groups of siblings low, ..., high - 1 of those given."""
     one, zero = rows.dtype.type(1), rows.dtype.type(0)  # of the rows' type, for full vectors
-    for q in range(begin, end):
+    for q in range(low, high):
         for k in range(FAN_OUT):
             row, count = first + groups[q] * FAN_OUT + k, zero
-            for i in range(low, high):
+            for i in range(first_point, end_point):
                 count += one if rows[row, i] >= tau else zero
             counts[q * FAN_OUT + k] = np.int64(count)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _report(rows, neurons, offsets, tau, low, high, points, values, begin, end):
-    """Points in [low, high) on which the leaves of the neurons begin, ..., end - 1 of those given
-    reach tau, and the leaves' values there."""
-    for q in range(begin, end):
-        row, e, i = neurons[q], offsets[q], low
+def _report(rows, neurons, offsets, tau, first_point, end_point, points, values, low, high):
+    """Points in [first_point, end_point) on which the leaves of the neurons low, ..., high - 1 of
+    those given reach tau, and the leaves' values there."""
+    for q in range(low, high):
+        row, e, i = neurons[q], offsets[q], first_point
         if offsets[q + 1] - e == 1:  # most fire once: a sum over the row finds the place by vectors
             place = np.int32(0)
-            for z in range(low, high):
+            for z in range(first_point, end_point):
                 place = np.int32(place + (np.int32(z) if rows[row, z] >= tau else np.int32(0)))
             i = np.int64(place)
         while e < offsets[q + 1]:
@@ -464,9 +466,9 @@ def _query(rows, levels, low, high, tau):
     """Algorithm 4 for the trees low, ..., high - 1 at once: descend from the top into every group
     that reaches tau.
 
-    Returns the active sets, the products of the active pairs, the number of nodes touched, for one
-    tree at most FAN_OUT x levels for each leaf reported, or once if none is, and that of leaves
-    compared, with padding. Given levels of height one it compares every leaf.
+    Returns the active sets; the products of the active pairs; the number of nodes touched, for one
+    tree at most FAN_OUT x levels x max(1, leaves reported); and the number of leaf rows compared,
+    with padding. Given levels of height one it compares every leaf.
     """
     least = _least_at_or_above(tau, rows.dtype)
     groups = np.arange((levels[-1] - levels[-2]) // FAN_OUT)
@@ -488,7 +490,7 @@ def _query(rows, levels, low, high, tau):
 
 @njit(cache=True, nogil=True)
 def _by_point(active, n):
-    """The same pairs by point: (indptr, indices), the neurons active on point i being
+    """The pairs of ActiveSets by point: (indptr, indices), the neurons active on point i being
     indices[indptr[i]:indptr[i + 1]]."""
     indptr = np.zeros(n + 1, np.int64)
     for i in active.points:
@@ -617,6 +619,7 @@ def _grouped(neurons, points):
 
 def _by_neuron(indptr, indices, m):
     """ActiveSets of m neurons, from pairs in CSR by point."""
+    # Points and neurons change roles: _by_point turns pairs round.
     by_point = ActiveSets(np.arange(indptr.size - 1), indptr, indices)
     offsets, points = _by_point(by_point, m)
     neurons = np.flatnonzero(np.diff(offsets))
@@ -651,23 +654,23 @@ def _through_gram(k, count, d, entry):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _add_outputs(active, signs, values, shift, edges, sums):
-    """Adds signs[r] (values[r, i] - shift) over r in Q_i to sums[chunk, i]."""
+def _add_outputs(active, signs, values, shift, edges, totals):
+    """Adds signs[r] (values[r, i] - shift) over r in Q_i to totals[chunk, i]."""
     for chunk in range(edges.size - 1):
         for q in range(edges[chunk], edges[chunk + 1]):
             for e in range(active.offsets[q], active.offsets[q + 1]):
-                sums[chunk, active.points[e]] += signs[q] * (values[e] - shift)
+                totals[chunk, active.points[e]] += signs[q] * (values[e] - shift)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _add_jacobian_times(X, active, signs, u, edges, sums):
-    """Adds J u sqrt(m) to sums, u (m d,). O(nnz d)."""
+def _add_jacobian_times(X, active, signs, u, edges, totals):
+    """Adds J u sqrt(m) to totals, u (m d,). O(nnz d)."""
     d = X.shape[1]
     for chunk in range(edges.size - 1):
         for q in range(edges[chunk], edges[chunk + 1]):
             w = u[active.neurons[q] * d : (active.neurons[q] + 1) * d]
             for e in range(active.offsets[q], active.offsets[q + 1]):
-                sums[chunk, active.points[e]] += signs[q] * _dot(w, X[active.points[e]])
+                totals[chunk, active.points[e]] += signs[q] * _dot(w, X[active.points[e]])
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -681,8 +684,8 @@ def _jacobian_transpose_times(X, active, signs, v, out, low, high):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _add_gram_times(X, XXt, active, v, edges, sums):
-    """Adds G v m to sums, neuron by neuron: k^2 operations through X X^T if it is active on
+def _add_gram_times(X, XXt, active, v, edges, totals):
+    """Adds G v m to totals, neuron by neuron: k^2 operations through X X^T if it is active on
     k <= d / 2 points, as most are, and 2 k d through J (J^T v) otherwise."""
     d = X.shape[1]
     w = np.empty(d)
@@ -692,13 +695,13 @@ def _add_gram_times(X, XXt, active, v, edges, sums):
             if _through_gram(points.size, points.size, d, SCATTERED):
                 for i in points:
                     for j in points:
-                        sums[chunk, i] += XXt[i, j] * v[j]
+                        totals[chunk, i] += XXt[i, j] * v[j]
             else:
                 w[:] = 0.0
                 for i in points:
                     _add_multiple(w, v[i], X[i])
                 for i in points:
-                    sums[chunk, i] += _dot(w, X[i])
+                    totals[chunk, i] += _dot(w, X[i])
 
 
 @njit(cache=True, nogil=True)
@@ -728,7 +731,7 @@ if numba.config.DISABLE_JIT:
 
 @njit(cache=True, nogil=True)
 def _count_in_words(active, low, high, counts):
-    """The same, 64 neurons at a time: a bit for each of them, in a word for every point."""
+    """What _count_pairwise does, 64 neurons at a time: a bit for each, in a word for a point."""
     n, words = len(counts), (high - low + 63) // 64
     bits = np.zeros((n, words), np.uint64)
     for q in range(low, high):
@@ -764,7 +767,7 @@ def _coactivity(active, n):
 
 
 def _counts_of_threads(n):
-    """Zeros (threads, n, n): one for each thread, and as few threads as take 256 MB, or one."""
+    """Zeros (threads, n, n): one for each thread, of which so few that they take 256 MB at most."""
     threads = max(1, min(numba.get_num_threads(), (1 << 26) // n**2))
     return np.zeros((threads, n, n), np.int32)
 
@@ -796,7 +799,8 @@ class SparseJacobian(LinearOperator):
 
     @classmethod
     def _of(cls, search):
-        """That of a search, as it stands until its next step."""
+        """That of a search, as it stands until its next step. Neurons are named by their places in
+        search.live, which permutes the blocks of J and leaves G as it is."""
         J = cls.__new__(cls)
         J._bind(search.X, search.XXt, search.width)
         J.active, J.flips = search.active, search.flips
@@ -916,7 +920,7 @@ def _sparse_sign_times(X, indptr, slots, neurons, signs, key, out, low, high):
     """Rows low, ..., high - 1 of the transpose of S J^T sqrt(m SPARSITY) for a sparse sign S; X
     carries the signs of the coordinates.
 
-    Row i is a sum of shifted copies of x_i, so signs are first added up by shift:
+    Row i is a sum of copies of x_i moved by hashed offsets, so signs are first added up by offset:
     O(nnz + n d min(size, |Q_i|)).
     """
     d, size = X.shape[1], out.shape[1]
@@ -928,12 +932,12 @@ def _sparse_sign_times(X, indptr, slots, neurons, signs, key, out, low, high):
             totals = np.zeros(length)
             for z in range(indptr[i], indptr[i + 1]):
                 bits = _hash(key, np.uint64(neurons[slots[z]] * SPARSITY + j))
-                shift = np.int64(((bits >> np.uint64(32)) * np.uint64(length)) >> np.uint64(32))
-                totals[shift] += -signs[slots[z]] if bits & np.uint64(1) else signs[slots[z]]
+                offset = np.int64(((bits >> np.uint64(32)) * np.uint64(length)) >> np.uint64(32))
+                totals[offset] += -signs[slots[z]] if bits & np.uint64(1) else signs[slots[z]]
             unwound = np.zeros(length + d)
-            for shift in np.flatnonzero(totals):
+            for offset in np.flatnonzero(totals):
                 for k in range(d):
-                    unwound[shift + k] += totals[shift] * X[i, k]
+                    unwound[offset + k] += totals[offset] * X[i, k]
             for k in range(unwound.size):
                 out[i, first + k % length] += unwound[k]
 
@@ -1027,7 +1031,7 @@ def sparse_sign_sketch(J, size, rng):
 
     Column (r, k), for neuron r and coordinate k, has its nonzeros in rows h_1(r) + k, ...,
     h_4(r) + k of the quarters, cyclically, with signs s_1(r) t(k), ..., s_4(r) t(k). A neuron thus
-    adds four shifted copies of x_i, which are first added up by shift:
+    adds four copies of x_i at hashed offsets, first added up by offset:
     O(nnz + n (size + d min(size, |Q_i|))), without d for each active pair.
 
     With size >= max(4 d, 2 n (n + 1) / (eps^2 delta)), a multiple of 4, it is a (1 +- eps) subspace
@@ -1113,7 +1117,8 @@ class _Solver:
     """What solvers share."""
 
     def promise(self, J, residual, step, mu):
-        """f - y after a step, if the network were linear in its weights."""
+        """f - y after a step if the network were linear in its weights: residual - G g, which is
+        mu g as (G + mu I) g = residual."""
         return mu * step
 
 
@@ -1221,7 +1226,7 @@ class _Richardson(_Sketch):
         return scipy.linalg.solve_triangular(self._T, v, trans=trans, check_finite=False)
 
     def solve(self, residual):
-        initial = best = size_of_error = np.linalg.norm(residual)
+        initial = earlier = size_of_error = np.linalg.norm(residual)
         z, step, error, iterations = np.zeros_like(residual), np.zeros_like(residual), -residual, 0
         while size_of_error > self._tolerance * initial:
             gradient = self._times_R(error, transposed=True)
@@ -1230,21 +1235,21 @@ class _Richardson(_Sketch):
             error = self._system @ step - residual
             size_of_error = np.linalg.norm(error)
             iterations += 1
-            stalls = iterations % 50 == 0 and size_of_error >= best
+            stalls = iterations % 50 == 0 and size_of_error >= earlier
             if size_of_error > 1e6 * initial or stalls:
                 raise np.linalg.LinAlgError(
                     f"the Richardson iteration does not converge with sketch_size={self._size}: "
                     "M = R^T G R is too far from the identity; use a larger sketch_size "
                     '(64 (n + 8) is usually enough) or solver="sketch"'
                 )
-            best = size_of_error if iterations % 50 == 0 else best
+            earlier = size_of_error if iterations % 50 == 0 else earlier
         return step, iterations
 
 
 class _Gradient(_Solver):
     """Gradient descent [SYZ21]: g = rate (f - y), the rate being 1 / ||G_0||, half of what would
-    just fail to converge, or zero if G_0 is. Damping divides it by 1 + rate mu, where it is
-    `damped`."""
+    just fail to converge, or zero if G_0 is; G_0 is G at the first step. If `damped`, the rate is
+    divided by 1 + rate mu; mu has no effect otherwise."""
 
     def __init__(self, X, shift, damped):
         self._rate, self._damped = None, damped
@@ -1350,9 +1355,10 @@ class _Network(NamedTuple):
 # A search begins at a network (_begin) and goes on by steps: jacobian() is J as it stands, and
 # advance(step, lap) moves the weights and finds what is active then; lap(phase) books seconds.
 #
-# A step is a transaction. mark() keeps what undo(mark) needs to take the next step back: weights,
-# outputs and active sets are then as they were, to the bit. undo() may be called when advance() was
-# broken off at any moment, for whatever reason, and again when undo() itself was.
+# A step is a transaction: undo(mark), with what mark() gave before it, takes it back. Weights are
+# then as they were to the bit, and so are outputs and active sets, but for pairs within rounding of
+# b in a lazy search. undo() may be called when advance() was broken off at any moment, for whatever
+# reason, and again when undo() itself was.
 
 
 class _Moved(NamedTuple):
@@ -1371,9 +1377,11 @@ class _Search:
     """The network at the training points, and one step of it.
 
     Attributes: outputs f (n,); nnz, the number of active pairs; changing, the number |K| of neurons
-    that the next step moves; flips, how many pairs have flipped so far; live, signs and n_live, the
-    live neurons' own numbers, their signs and their number. `operations` counts multiply-adds,
-    comparisons and moves of products, `looked_at` the neurons whose products were read.
+    that the next step moves; flips, how many pairs have flipped so far; live and signs, the own
+    numbers and the signs of the neurons whose weights are held, the live ones, or all with "dense";
+    n_live, how many are live. In active.neurons a neuron is named by its place in `live`.
+    `operations` counts multiply-adds, comparisons and moves of products, `looked_at` the neurons
+    whose products were read.
     """
 
     def __init__(self, X, y, shift, start, moved, dtype, report):
@@ -1402,11 +1410,11 @@ class _Search:
     _network_of = None, None  # the outputs, which every step replaces, and their network
 
 
-class _StoredProducts(_Search):
-    """Searches that compare products with b, of all neurons in every step.
+class _ForwardPass(_Search):
+    """Searches whose active sets and outputs come from a forward pass after every step.
 
-    They offer _find(), the active sets and the products of the active pairs, and _move(step), which
-    keeps the rows that it changes in the open mark.
+    They offer _find(), the active sets and the products of the active pairs, and _move(step). What
+    mark() returns stays open: _move adds to it, as self._open, the rows that it is about to change.
     """
 
     def find(self):
@@ -1482,7 +1490,10 @@ def _flips_between(was, now, flips):
     return found
 
 
-class _Dense(_StoredProducts):
+NARROWER = 'use fewer neurons or points, or dtype="float32"'
+
+
+class _Dense(_ForwardPass):
     """X W^T anew in every step, by BLAS: O(m n d) [BPSW21, CGH+19]. Holds W."""
 
     def _begin(self, y, moved, report):
@@ -1547,7 +1558,9 @@ class _Dense(_StoredProducts):
 class _Flips(NamedTuple):
     """The flips that a look for them found, all at one moment."""
 
-    pieces: list  # (FLIPs, an array of one number: how many of them there are), or None
+    # CHUNKS entries, None but for the first chunk of each thread's share, which has FLIPs and an
+    # array of one number, how many of them are written so far; when a look is over, they are all.
+    pieces: list
     sums: np.ndarray  # s then
 
 
@@ -1596,13 +1609,14 @@ def _ranges(starts, ends):
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def _move_leaves(
-    rows, active, scale, step, XXt, X, groups, starts, parents, kept, saved, low, high
+    rows, active, scale, step, XXt, X, groups, starts, first_parent, kept, saved, low, high
 ):
     """rows[r] += X dw_r, where dw_r = scale[r] * sum over i in act(r) of step[i] x_i is the move of
-    neuron r, for the groups low, ..., high - 1 of siblings; rows before it are kept, and marked.
+    neuron r, for the groups low, ..., high - 1 of siblings. What row q of `active` was goes to
+    kept[q], and then saved[q] is set.
 
     Group p holds active.neurons[starts[p]:starts[p + 1]]. Its parent is mended while it is in cache
-    if `parents`, where the level of parents begins, is not 0.
+    if first_parent, the first row of the parents' level, is not 0.
     """
     n, d = X.shape
     move = np.empty(d, X.dtype)
@@ -1621,8 +1635,8 @@ def _move_leaves(
                     _add_multiple(move, scale[q] * step[i], X[i])
                 for i in range(n):
                     leaf[i] += _dot(move, X[i])
-        if parents > 0:
-            _set_maximum(rows, groups[p] * FAN_OUT, parents + groups[p])
+        if first_parent > 0:
+            _set_maximum(rows, groups[p] * FAN_OUT, first_parent + groups[p])
 
 
 @njit(cache=True)
@@ -1635,10 +1649,7 @@ def _move_cost(offsets, n, d):
     return cost
 
 
-NARROWER = 'use fewer neurons or points, or dtype="float32"'
-
-
-class _Scan(_StoredProducts):
+class _Scan(_ForwardPass):
     """All products, kept and moved, then compared with b: O(n m) and the moves. The baseline.
 
     Rows of products are laid out live neurons first, in ascending order, then the dead ones, so
@@ -1655,7 +1666,7 @@ class _Scan(_StoredProducts):
         self._cast_X, self._cast_XXt = self.X.astype(self.dtype), self.XXt.astype(self.dtype)
         self._rows = np.empty((self._levels[-1], n), self.dtype)
         self._rows[self.width :] = -np.inf
-        self._sum, self._ledger = np.zeros(n), _Ledger()
+        self._sums, self._ledger = np.zeros(n), _Ledger()
         self._kept = np.empty((0, n), self.dtype)
         found, front, back = [], 0, self.width
         blocks = self.start.blocks(_for_each_neuron(partial(self._products, moved)), report)
@@ -1706,10 +1717,10 @@ class _Scan(_StoredProducts):
         if parents:
             self.operations += groups.size * (FAN_OUT + 1) * n
             self.operations += _mend_ancestors(self._rows, self._levels, groups, level=1)
-        self._sum = self._sum + step
+        self._sums = self._sums + step
 
     def mark(self):
-        self._open = {**super().mark(), "sum": self._sum, "looks": len(self._ledger.looks)}
+        self._open = {**super().mark(), "sum": self._sums, "looks": len(self._ledger.looks)}
         return self._open
 
     def undo(self, mark):
@@ -1719,16 +1730,17 @@ class _Scan(_StoredProducts):
             saved = np.flatnonzero(saved)
             self._rows[self.active.neurons[saved]] = kept[saved]
             _mend_ancestors(self._rows, self._levels, self.active.neurons)
-        self._sum = mark["sum"]
+        self._sums = mark["sum"]
         del self._ledger.looks[mark["looks"] :]
 
     def _note(self, flips):
-        self._ledger.looks.append(_Flips([(flips, np.array([flips.size]))], self._sum))
+        self._ledger.looks.append(_Flips([(flips, np.array([flips.size]))], self._sums))
 
     def _weights(self, rows):
+        """Of the live neurons, all of them."""
         offsets = np.zeros(rows.size + 1, np.int64)
         offsets[self.active.neurons + 1] = np.diff(self.active.offsets)
-        pairs = np.cumsum(offsets), self.active.points, self._sum
+        pairs = np.cumsum(offsets), self.active.points, self._sums
         gamma = self._ledger.gamma(rows, *pairs)
         return self._start_weights - (self.signs / np.sqrt(self.width))[:, None] * (gamma @ self.X)
 
@@ -1741,7 +1753,8 @@ class _Scan(_StoredProducts):
 
 
 class _Tree(_Scan):
-    """Search trees over the products: O(n |K| (min(k, d) + log m)) [DHSWZ]."""
+    """Search trees over the products: O(n |K| (min(k, d) + log m)) for neurons active on k points
+    each [DHSWZ]."""
 
     height = 64  # all the levels there are
 
@@ -1781,8 +1794,9 @@ class _Tree(_Scan):
 #     slack            the least of 2.1 - 2, (2 - 1.8) / 0.5 and 1 / 0.5, which is 0.1
 #     certificate      D + 0.1 / 2
 #
-# If it has travelled 0.08 when D comes there, it gets a new certificate, D + (0.1 - 0.08) / 2. If
-# it has travelled 0.6, it is looked at. Two pairs have crossed b, and change places:
+# A step takes D to the certificate or beyond. If the neuron has travelled 0.08 by then, it gets a
+# new certificate, (D now) + (0.1 - 0.08) / 2. If the step was large, and it has travelled 0.6, it
+# is looked at. Two pairs have crossed b, and change places:
 #
 #     points           3     0   |  1     2            4 5 6 7
 #     products         2.5   2.1 |  1.9   1.3          below 2 - 1 + 0.5 x 0.6: the margin is 0.7
@@ -1799,8 +1813,12 @@ class _Tree(_Scan):
 MARGIN, WIDER = 1.7, 1.25
 
 # Rows are also made anew when they have travelled so far that rounding might be seen: ROUNDING
-# times the travel is taken from the margin, and a row that holds all pairs has ENDURANCE for it.
+# times the travel is taken from the margin, and a row that holds all n pairs, which needs no margin
+# otherwise, gets ENDURANCE.
 ENDURANCE, ROUNDING = 1e4, 0.01
+
+# The part of a slack that is relied upon, for rounding.
+CAUTION = 1.0 - 1e-14
 
 # Moments that are remembered; then all neurons are looked at once, and the count begins anew.
 MOMENTS = 256
@@ -1840,7 +1858,7 @@ class Geometry(NamedTuple):
     X: np.ndarray  # (n, d)
     XXt: np.ndarray  # (n, n)
     cross: float  # largest |<x_i, x_j>| over i != j, and more than 0
-    longest: float  # largest <x_i, x_i>, or 1 if that is more
+    longest: float  # largest |x_i|^2, at least 1, so that it bounds |x_i| too
     shift: float
     unit: float  # m^(-1/2)
     entry: float  # cost of an entry of X X^T, see _through_gram
@@ -1861,13 +1879,13 @@ class Moments(NamedTuple):
 
 
 @njit(inline="always")
-def _travel(points, first, k, scale, sums, then, now, factors):
+def _travel(points, first, k, scale, sums, then, here, factors):
     """factors[a] = how far the neuron has moved along the a-th point it is active on; returns their
     sum and the travel, the sum of their sizes."""
     along = travel = 0.0
     for a in range(k):
         i = points[first + a]
-        factors[a] = scale * (sums[now, i] - sums[then, i])
+        factors[a] = scale * (sums[here, i] - sums[then, i])
         along += factors[a]
         travel += abs(factors[a])
     return along, travel
@@ -1940,23 +1958,24 @@ def _swap(points, products, e, f):
 
 
 @njit(inline="always")
-def _flip(points, products, first, size, k, scale, shift, q, flips, found, sums):
-    """Flips the pairs of a row that have crossed b, writes them down and adds to sums what they
-    change of the outputs; returns how many pairs are active now, and how many flips are written."""
+def _flip(points, products, first, size, k, scale, shift, q, flips, found, outputs):
+    """Flips the pairs of a row that have crossed b, writes them down and adds what they change to
+    the outputs, in which an active pair has -scale (product - b); returns how many pairs are active
+    now, and how many flips are written."""
     e, end = first, first + k
     while e < first + k:
         excess = products[e] - shift
         if excess >= 0.0:
             e += 1
             continue
-        sums[points[e]] += scale * excess
+        outputs[points[e]] += scale * excess
         flips[found]["neuron"], flips[found]["point"], flips[found]["sign"] = q, points[e], -1
         found, k = found + 1, k - 1
         _swap(points, products, e, first + k)
     for e in range(end, first + size):
         excess = products[e] - shift
         if excess >= 0.0:
-            sums[points[e]] -= scale * excess
+            outputs[points[e]] -= scale * excess
             flips[found]["neuron"], flips[found]["point"], flips[found]["sign"] = q, points[e], 1
             _swap(points, products, e, first + k)
             found, k = found + 1, k + 1
@@ -2004,20 +2023,17 @@ def _certify(points, products, row, XXt, cross, longest, shift, distance):
     return (distance + min(along, against) / k * CAUTION) * CAUTION
 
 
-# The part of a slack that is relied upon, for rounding.
-CAUTION = 1.0 - 1e-14
-
-# What the looks add up: neurons looked at, neurons that came to be active on some point less those
-# that ceased to, rows whose margins are used up, operations.
-LOOKED_AT, WOKEN, SHORT, OPERATIONS = range(4)
+# What the looks add up: neurons looked at, the change of the number of neurons active on some
+# point, rows whose margins are used up, operations.
+LOOKED_AT, MOVING, SHORT, OPERATIONS = range(4)
 
 
 @njit(cache=True, nogil=True)
 def _count_flips(flips, groups, firing, counts):
     """Adds to counts what flips change of C, C_ij = |Q_i and Q_j|, before it is made symmetric.
 
-    With f the flips of a neuron, +1 and -1, and a the points it is active on now, 0 and 1, it adds
-    a a^T to C, and added (a - f) (a - f)^T. The difference f a^T + a f^T - f f^T is the symmetric
+    With a the points that a neuron is active on now, 0 and 1, and f its flips, +1 and -1, its share
+    of C is a a^T, and was (a - f) (a - f)^T. The difference f a^T + a f^T - f f^T is the symmetric
     part of 2 f a^T - f f^T. Row z of `groups` tells of flip z where its neuron's flips begin, and
     where in `firing` the points that it is active on begin and end. Flips of one point are taken
     together, so that its row of counts is in cache.
@@ -2041,8 +2057,8 @@ def _count_flips(flips, groups, firing, counts):
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def _look(live, geometry, moments, edges, outputs, tally, flips, count, counts):
-    """Looks at the neurons of the chunks whose slack is used up, of those whose certificates ran
-    out: edges[c], ..., edges[c + 1] - 1 are the neurons of chunk c.
+    """Of the neurons of the chunks (edges[c], ..., edges[c + 1] - 1 are those of chunk c) whose
+    certificates ran out, each gets a new one if slack is left, and is looked at otherwise.
 
     Writes the flips, and their number into count[0]. Adds to outputs[c] what they change of
     f - G g, the outputs if none had flipped, and to counts what they change of C.
@@ -2060,11 +2076,9 @@ def _look(live, geometry, moments, edges, outputs, tally, flips, count, counts):
             if certificates[q] > distance:
                 continue
             row = rows[q]
-            scale, then = -unit * row.sign, row.looked - first_moment
+            scale, then, here = -unit * row.sign, row.looked - first_moment, now - first_moment
             first, size, k = row.start & NOT_NEGATIVE, row.count, row.active
-            along, travel = _travel(
-                points, first, k, scale, sums, then, now - first_moment, factors
-            )
+            along, travel = _travel(points, first, k, scale, sums, then, here, factors)
             left = _left(row, along, travel)
             if left > 0.0:
                 certificates[q] = (distance + left / row.active) * CAUTION
@@ -2095,7 +2109,7 @@ def _look(live, geometry, moments, edges, outputs, tally, flips, count, counts):
                 for z in range(begun - first_flip, found - first_flip):
                     groups[z, 0], groups[z, 1], groups[z, 2] = begun - first_flip, fire, fire + k
                 fire += k
-            tally[chunk, WOKEN] += int(k > 0) - int(row.active > 0)
+            tally[chunk, MOVING] += int(k > 0) - int(row.active > 0)
             tally[chunk, OPERATIONS] += size + (found - begun) * k
             row.active = k
             certificates[q] = _certify(points, products, row, XXt, cross, longest, shift, distance)
@@ -2132,8 +2146,8 @@ def _add_active_outputs(live, geometry, moments, edges, outputs):
         for q in range(edges[chunk], edges[chunk + 1]):
             row = rows[q]
             first, k, scale = row.start & NOT_NEGATIVE, row.active, -unit * row.sign
-            then = row.looked - first_moment
-            _travel(points, first, k, scale, sums, then, now - first_moment, factors)
+            then, here = row.looked - first_moment, now - first_moment
+            _travel(points, first, k, scale, sums, then, here, factors)
             for a in range(k):
                 moved[a] = products[first + a]
             if _through_gram(k, k, d, entry):
@@ -2178,8 +2192,8 @@ def _thresholds(products, least_active, pull, cross, lowered_shift):
     """For each row of products: how many reach least_active; if any, the least product to keep,
     lowered_shift - margin; and how many reach that.
 
-    Each active point i is expected to pull the weights by pull[i], and other products by `cross`
-    times that at most.
+    Each active point i is expected to pull the weights by pull[i]. The margin is cross times the
+    sum of these, or the length of the move if points were orthogonal, if that is less.
     """
     active, kept = np.zeros(len(products), np.int64), np.zeros(len(products), np.int64)
     thresholds = np.empty(len(products), np.float32)
@@ -2477,6 +2491,7 @@ class _Lazy(_Search):
     def _look_around(self):
         """Looks where a pair may have flipped, and where a row was too short for that once more."""
         if self._look():
+            # All at -inf have just been looked at: those that still are had too small a margin.
             self._place_anew(np.flatnonzero(self._live.certificates == -np.inf))
             self._look()
 
@@ -2502,10 +2517,10 @@ class _Lazy(_Search):
             change = partial_counts.sum(axis=0, dtype=np.int32)
             self.counts = self.counts + (change + change.T) // 2
             self.outputs = self.outputs + outputs.sum(axis=0)
-        looked_at, woken, short, operations = map(int, tally.sum(axis=0))
+        looked_at, moving, short, operations = map(int, tally.sum(axis=0))
         self.looked_at += looked_at
         self.operations += operations + self.n_live
-        self.changing += woken
+        self.changing += moving
         self.flips += flips
         return short
 
@@ -3220,7 +3235,8 @@ class SublinearTrainer:
         return solved
 
     def _with_record(self, history, fitted, stopwatch, **told):
-        """The attributes of this object that a step changes, if what is fitted is at its end."""
+        """residual_, converged_, n_iter_ and history_ after a step or at the start: `history` and
+        one record more, with what is `told`. `fitted` holds _search, _y and _scales."""
         search, y, n = fitted["_search"], fitted["_y"], len(fitted["_y"])
         residual = _relative_residual(search.outputs, y)
         unit = _norm(y) * fitted["_scales"].y_unit / np.sqrt(2 * n)
@@ -3811,16 +3827,16 @@ def _check_memory(what, needed, remedy="use fewer neurons or points"):
 
 @cache
 def _helpers(process):
-    """A queue of functions that threads of this `process` call; a fork would inherit it without
-    them. No ThreadPoolExecutor, whose locks an interrupt can leave locked for ever."""
+    """A queue of functions that threads call, one for each process: a fork inherits the queue, but
+    not the threads. Not a ThreadPoolExecutor, whose locks an interrupt can leave locked."""
     tasks = SimpleQueue()
 
-    def help_out():
+    def call_tasks():
         while True:
             tasks.get()()
 
     for _ in range(numba.config.NUMBA_NUM_THREADS):
-        threading.Thread(target=help_out, daemon=True).start()
+        threading.Thread(target=call_tasks, daemon=True).start()
     return tasks
 
 
@@ -3899,15 +3915,15 @@ def _map_in_threads(task, items, work):
 
 
 def _sum_over_chunks(kernel, size, n, work, *arguments):
-    """The sum (n,) of what kernel(*arguments, edges, sums) adds to the rows of `sums`, one for each
-    chunk of so many items, which `edges` divide."""
-    edges, sums = _edges(size), np.zeros((CHUNKS, n))
+    """The sum (n,) of what kernel(*arguments, edges, totals) adds to the rows of totals, one for
+    each chunk of so many items, which `edges` divide."""
+    edges, totals = _edges(size), np.zeros((CHUNKS, n))
 
     def of_share(_, low, high):
-        kernel(*arguments, edges[low : high + 1], sums[low:high])
+        kernel(*arguments, edges[low : high + 1], totals[low:high])
 
     _in_threads(of_share, work)
-    return sums.sum(axis=0)
+    return totals.sum(axis=0)
 
 
 _blas = {"users": set(), "before": None, "lock": threading.Lock()}
