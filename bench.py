@@ -13,9 +13,10 @@ The file is a list of experiments (EXPERIMENTS, near the end), one block each:
     judge(samples) -> claims      what the paper says about it, and whether it holds
     number(samples) -> texts      what README.md says about it, by the name of the mark
 
-Methods are compared before they are timed. Then they take turns, so that a change in the machine's
-speed meets all of them alike. A figure of a step is the mean over the steps of a run, and the
-median of that over runs.
+To add one, write its measure_NAME, and if wanted draw_, judge_ and number_NAME, and a row of
+EXPERIMENTS. Methods of `scaling` are compared before they are timed, and take turns, so that a
+change in the machine's speed meets all of them alike. Seconds of a step are the mean over the steps
+of a run, and the median of that over runs.
 """
 
 import argparse
@@ -381,12 +382,12 @@ class Cell(NamedTuple):
 
 def scaling_cells(quick):
     """All widths at one n and d, and two larger n. Small cells, which vary most, get more runs."""
-    n, d, widest_of_all = (16, 16, 1 << 13) if quick else (64, 32, 1 << 20)
+    n, d, widest_for_all = (16, 16, 1 << 13) if quick else (64, 32, 1 << 20)
     cells = []
     for width in powers(10, 14, 1) if quick else powers(11, 22, 1):
-        methods = tuple(METHODS) if width <= widest_of_all else ("lazy",)
+        methods = tuple(METHODS) if width <= widest_for_all else ("lazy",)
         runs = 2 if quick else 7 if width <= 1 << 16 else 5 if width <= 1 << 18 else 3
-        if width == widest_of_all:
+        if width == widest_for_all:
             methods += ("numpy",)
         cells.append(Cell(n, d, width, methods, runs))
     if not quick:
@@ -413,12 +414,14 @@ def check_agreement(X, y, width):
 
 
 def time_plain_numpy(X, y, width):
-    """A step of sublin.reference in float32, and its first product alone, as two samples."""
+    """The second of two steps of sublin.reference in float32, and its first product alone, as two
+    samples: in a loop of steps, large arrays are in memory that was used before."""
     start = train(X, y, width, search="dense", dtype="float32", max_iter=0)
     X, y, W, signs = (np.float32(array) for array in (X, y, start.weights(), start.signs_))
-    begin = time.perf_counter()
-    sublin.reference(X, y, W, signs, start.shift_)
-    step = time.perf_counter() - begin
+    for _ in range(2):
+        begin = time.perf_counter()
+        sublin.reference(X, y, W, signs, start.shift_)
+        step = time.perf_counter() - begin
     products = X @ W.T
     begin = time.perf_counter()
     np.matmul(X, W.T, out=products)  # in memory that is used again: the least it can take
@@ -444,7 +447,7 @@ def measure_scaling(quick):
     for cell in cells[2:4]:
         check_agreement(*random_unit_data(cell.n, cell.d), cell.width)
     most = max(cell.runs for cell in cells)
-    turns = [(0, cell) for cell in cells if cell.runs == most]  # compiles what is left
+    turns = [(0, cell) for cell in cells if cell.runs == most]  # turn 0 is thrown away: it compiles
     for turn in range(1, most + 1):
         turns += [(turn, c) for c in cells if turn in np.linspace(1, most, c.runs).round()]
     samples = []
@@ -470,9 +473,11 @@ def by_width(samples, method, key="seconds"):
 
 
 def scaling_slope(samples, method, key):
-    """Exponent in m from 2^14 on; below that, what a step costs at any width hides it."""
+    """Exponent in m from 2^14 on, where what a step costs at any width hides it no more, up to the
+    greatest width at which all methods ran."""
     widths, values = by_width(samples, method, key)
-    wide = widths >= min(1 << 14, widths[-3])
+    last = max(by_width(samples, "dense")[0])
+    wide = (widths >= min(1 << 14, widths[-3])) & (widths <= last)
     return slope(widths[wide], values[wide])
 
 
@@ -538,17 +543,14 @@ def steps_of_lazy(samples):
 
 
 def draw_work(samples):
-    """Neurons that each step of the searches reads, on one axis that spans all of them and none."""
+    """Neurons whose products each step reads, at the greatest width at which all searches ran. The
+    axis is logarithmic, but has a place for zero."""
     figure, axis = panels(width=9.0, height=5.6)
-    first, *steps = steps_of_lazy(samples)
-    places = [sample["step"] for sample in steps]
-    lines = {
-        "dense": ("dense, scan: all neurons", [first["width"]] * len(steps)),
-        "tree": ("tree: those that move, and their siblings", [s["changed"] for s in steps]),
-        "lazy": ("lazy: those whose certificate ran out", [s["looked_at"] for s in steps]),
-    }
-    for name, (label, values) in lines.items():
-        axis.plot(places, values, label=label, **METHODS[name].look)
+    runs = where(sweep(samples), run=1, width=max(by_width(samples, "tree")[0]))
+    for name in ("dense", "scan", "tree", "lazy"):
+        first, *steps = where(runs, method=name)
+        places, read = ([sample[key] for sample in steps] for key in ("step", "looked_at"))
+        axis.plot(places, read, label=METHODS[name].label, **METHODS[name].look)
     flips = [sample["flips"] for sample in steps]
     axis.plot(places, flips, color=GREY, linestyle=":", marker=".", label="pairs that flip")
     for sample in steps:
@@ -599,8 +601,8 @@ def number_scaling(samples):
         },
         "tree": times(dense[widest] / tree[widest]),
         "tree + sketch": times(dense[widest] / seconds["tree+sketch"][widest]),
-        "looked at": f"{looked_at[0]} of the live neurons, the second at {looked_at[1]}, "
-        f"the third at {looked_at[2]}",
+        "looked at": f"{looked_at[0]} of the live neurons, the second {looked_at[1]}, the third "
+        f"{looked_at[2]}",
         "third step": f"{percent(third / one)} of the time of the first",
         "narrow": " and ".join(
             f"{times(lazy[width] / dense[width])} as long as dense at m = {power_text(width)}"
@@ -859,8 +861,10 @@ class Peer(NamedTuple):
 RATES = every(rate=(0.25, 0.5, 1.0, 2.0, 4.0))
 TORCH_GRID = every(step_size=(0.5, 1.0), line_search=(None, "strong_wolfe"))
 PEERS = {
-    "ours": Peer("sublin", partial(sublin_peer, "lazy"), ({},), BLACK, "*"),
-    "dense": Peer('sublin, search="dense"', partial(sublin_peer, "dense"), ({},), VERMILION, "s"),
+    "ours": Peer("sublin (float64)", partial(sublin_peer, "lazy"), ({},), BLACK, "*"),
+    "dense": Peer(
+        'sublin, search="dense" (float64)', partial(sublin_peer, "dense"), ({},), VERMILION, "s"
+    ),
     "numpy": Peer(
         "plain NumPy, Gauss-Newton (float32)", numpy_peer, every(damping=(0.0, 1e-4)), ORANGE, "^"
     ),
@@ -874,7 +878,7 @@ PEERS_NOTE = "¹ its own ReLU without threshold, its own starting weights, both 
 
 def keep_freed_memory():
     """Has glibc use again what was freed, rather than give it back and pay for new pages in every
-    step of the dense methods: a step of Adam takes a third of the time then."""
+    step, which costs methods with large arrays most."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX
@@ -972,7 +976,6 @@ def digits_split(rows=None):
 
 def measure_peers(quick):
     """Random data with pure steps, and digits as the trainer takes them, but at the threshold 1."""
-    keep_freed_memory()
     n, d, narrow, wide, digits_width = (16, 16, 10, 11, 10) if quick else (64, 32, 16, 18, 14)
     limits = {"cap": 0.3, "tune_cap": 0.1} if quick else {"cap": 20.0, "tune_cap": 3.0}
     data, pure = random_unit_data(n, d), {"normalize": None, "damping": 0.0}
@@ -1000,14 +1003,15 @@ def peers_table(samples):
     cases = distinct(runs, "case")
     goals = list(product(cases, TARGETS))
     columns = [f"{case}, to {target:.0e}" for case, target in goals]
-    rows = [["time over ours", *columns, "held-out accuracy"]]
+    rows = [["time over ours", *columns, "digits, held-out accuracy"]]
 
     def cell(peer, case, target):
         seconds, ratio = peer_result(samples, case, peer, target)
         if np.isfinite(seconds):
             return times(ratio) if ratio > 0 else "ours did not"
         mine = where(runs, case=case, peer=peer)
-        return f"not within {mine[0]['cap']:g} s ({min(run['residual'] for run in mine):.0e})"
+        best = min(run["residual"] for run in mine)
+        return f"not within {mine[0]['cap']:g} s, best {best:.0e}"
 
     for peer in distinct(runs, "peer"):
         firsts = [where(runs, case=case, peer=peer)[0]["accuracy"] for case in cases]
@@ -1115,7 +1119,7 @@ def judge_contraction(samples):
         "each step at least halves the residual, at the widths measured",
         "Theorems 1.1, 4.1",
         "ratio at most 0.5 in every step of every run",
-        f"true of {len(good)} of {len(cells)} runs, {others}",
+        f"true of {len(good)} of {len(cells)} runs; in the others some step did worse, {others}",
         len(good) == len(cells),
         f"in those, steps to 1e-9: {spread([sample['steps'] for sample in good])}",
     )
@@ -1922,7 +1926,7 @@ def judge_crossover(samples):
         widest = dict(sorted(best))  # the last of each n counts
         top = {place: best[place] for place in widest.items()}
         lost = [
-            f"{name} is at n = {n}, m = {power_text(m)}"
+            f"{name} is the fastest at n = {n}, m = {power_text(m)}"
             for (n, m), (name, _) in top.items()
             if name not in ("lazy", "tree")
         ]
@@ -1931,7 +1935,7 @@ def judge_crossover(samples):
             f"less time than methods that pay m n d in each step, {label}",
             "Theorem 1.1, Remark 1.2",
             "lazy or tree is the fastest at the greatest width, for every n",
-            "; ".join(lost) or "so it is",
+            "; ".join(lost) or "lazy or tree for every n",
             not lost,
             f"to a residual of 1e-5 in float32; dense takes {', '.join(dense)} as long there, "
             f"for n = {', '.join(map(str, widest))}",
@@ -1974,10 +1978,10 @@ def number_crossover(samples):
         if best and best[0] != "lazy":
             lost.setdefault(n, {})[m] = best[1]["lazy"] / best[1][best[0]]
     texts = [
-        f"at n = {n} up to m = {power_text(max(found))} ({times(max(found.values()))} as long)"
+        f"n = {n} up to m = {power_text(max(found))}, by at most {times(max(found.values()))}"
         for n, found in lost.items()
     ]
-    return {"lazy loses": ", ".join(texts) or "at no size measured"}
+    return {"lazy loses": "; ".join(texts) or "nowhere"}
 
 
 # ---- The table of experiments --------------------------------------------------------------------
@@ -2163,6 +2167,7 @@ def main():
     parser.add_argument("--plot-only", action="store_true", help="draw again from the JSON files")
     arguments = parser.parse_args()
     plt.rcParams.update(STYLE)
+    keep_freed_memory()
     for experiment in EXPERIMENTS:
         if experiment.command == arguments.what:
             run(experiment, arguments.quick, arguments.plot_only)

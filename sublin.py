@@ -386,11 +386,12 @@ def _levels(leaves):
 @njit(cache=True, nogil=True)
 def _set_maximum(rows, first_child, parent):
     """rows[parent] = the maximum of the FAN_OUT rows from first_child on."""
-    for i in range(rows.shape[1]):  # the loop over siblings inside is unrolled
-        largest = rows[first_child, i]
-        for k in range(first_child + 1, first_child + FAN_OUT):
-            largest = rows[k, i] if rows[k, i] > largest else largest
-        rows[parent, i] = largest
+    largest_row, children = rows[parent], rows[first_child : first_child + FAN_OUT]
+    for i in range(largest_row.size):  # the loop over siblings inside is unrolled
+        largest = children[0, i]
+        for k in range(1, FAN_OUT):
+            largest = children[k, i] if children[k, i] > largest else largest
+        largest_row[i] = largest
 
 
 @njit(cache=True, nogil=True)
@@ -427,9 +428,9 @@ def _count_reaching(rows, first, groups, tau, first_point, end_point, counts, lo
     one, zero = rows.dtype.type(1), rows.dtype.type(0)  # of the rows' type, for full vectors
     for q in range(low, high):
         for k in range(FAN_OUT):
-            row, count = first + groups[q] * FAN_OUT + k, zero
-            for i in range(first_point, end_point):
-                count += one if rows[row, i] >= tau else zero
+            row, count = rows[first + groups[q] * FAN_OUT + k, first_point:end_point], zero
+            for i in range(row.size):
+                count += one if row[i] >= tau else zero
             counts[q * FAN_OUT + k] = np.int64(count)
 
 
@@ -438,15 +439,15 @@ def _report(rows, neurons, offsets, tau, first_point, end_point, points, values,
     """Points in [first_point, end_point) on which the leaves of the neurons low, ..., high - 1 of
     those given reach tau, and the leaves' values there."""
     for q in range(low, high):
-        row, e, i = neurons[q], offsets[q], first_point
+        row, e, i = rows[neurons[q], first_point:end_point], offsets[q], 0
         if offsets[q + 1] - e == 1:  # most fire once: a sum over the row finds the place by vectors
             place = np.int32(0)
-            for z in range(first_point, end_point):
-                place = np.int32(place + (np.int32(z) if rows[row, z] >= tau else np.int32(0)))
+            for z in range(row.size):
+                place = np.int32(place + (np.int32(z) if row[z] >= tau else np.int32(0)))
             i = np.int64(place)
         while e < offsets[q + 1]:
-            if rows[row, i] >= tau:
-                points[e], values[e] = i, rows[row, i]
+            if row[i] >= tau:
+                points[e], values[e] = first_point + i, row[i]
                 e += 1
             i += 1
 
@@ -1413,8 +1414,7 @@ class _Search:
 class _ForwardPass(_Search):
     """Searches whose active sets and outputs come from a forward pass after every step.
 
-    They offer _find(), the active sets and the products of the active pairs, and _move(step). What
-    mark() returns stays open: _move adds to it, as self._open, the rows that it is about to change.
+    They offer _find(), the active sets and the products of the active pairs, and _move(step).
     """
 
     def find(self):
@@ -1438,8 +1438,7 @@ class _ForwardPass(_Search):
         return SparseJacobian._of(self)
 
     def mark(self):
-        self._open = {"active": self.active, "outputs": self.outputs, "flips": self.flips}
-        return self._open
+        return {"active": self.active, "outputs": self.outputs, "flips": self.flips}
 
     def advance(self, step, lap):
         """W <- W - J^T step, and all that follows from it; returns the number of flips."""
@@ -1540,6 +1539,10 @@ class _Dense(_ForwardPass):
         self._W[active.neurons] = self._open["W"] - coefficients @ self._cast_X
         self.operations += active.points.size * self.X.shape[1]
 
+    def mark(self):
+        self._open = super().mark()  # _move adds the weights that it changes
+        return self._open
+
     def undo(self, mark):
         super().undo(mark)
         if "W" in mark:
@@ -1608,12 +1611,9 @@ def _ranges(starts, ends):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _move_leaves(
-    rows, active, scale, step, XXt, X, groups, starts, first_parent, kept, saved, low, high
-):
+def _move_leaves(rows, active, scale, step, XXt, X, groups, starts, first_parent, low, high):
     """rows[r] += X dw_r, where dw_r = scale[r] * sum over i in act(r) of step[i] x_i is the move of
-    neuron r, for the groups low, ..., high - 1 of siblings. What row q of `active` was goes to
-    kept[q], and then saved[q] is set.
+    neuron r, for the groups low, ..., high - 1 of siblings.
 
     Group p holds active.neurons[starts[p]:starts[p + 1]]. Its parent is mended while it is in cache
     if first_parent, the first row of the parents' level, is not 0.
@@ -1623,8 +1623,6 @@ def _move_leaves(
     for p in range(low, high):
         for q in range(starts[p], starts[p + 1]):
             leaf = rows[active.neurons[q]]
-            kept[q] = leaf
-            saved[q] = True
             points = active.points[active.offsets[q] : active.offsets[q + 1]]
             if _through_gram(points.size, n, d, IN_ORDER):
                 for i in points:
@@ -1667,7 +1665,6 @@ class _Scan(_ForwardPass):
         self._rows = np.empty((self._levels[-1], n), self.dtype)
         self._rows[self.width :] = -np.inf
         self._sums, self._ledger = np.zeros(n), _Ledger()
-        self._kept = np.empty((0, n), self.dtype)
         found, front, back = [], 0, self.width
         blocks = self.start.blocks(_for_each_neuron(partial(self._products, moved)), report)
         for *live, live_products, dead_products in blocks:
@@ -1703,35 +1700,32 @@ class _Scan(_ForwardPass):
     def _move(self, step):
         active, (n, d) = self.active, self.X.shape
         groups, starts = _parents(active.neurons)
-        parents = self._levels[1] if len(self._levels) > 2 else 0
-        if len(self._kept) < active.neurons.size:  # memory that was used before is faster to write
-            self._kept = np.empty((active.neurons.size, n), self.dtype)
-        kept, saved = self._kept, np.zeros(active.neurons.size, bool)
-        self._open["rows"] = kept, saved
+        first_parent = self._levels[1] if len(self._levels) > 2 else 0
         scale = (self.signs[active.neurons] / -np.sqrt(self.width)).astype(self.dtype)
         vectors = scale, step.astype(self.dtype), self._cast_XXt, self._cast_X
         work = _move_cost(active.offsets, n, d)
-        where = self._rows, active, *vectors, groups, starts, parents, kept, saved
+        where = self._rows, active, *vectors, groups, starts, first_parent
         _over_items(_move_leaves, groups.size, work, *where)
         self.operations += work
-        if parents:
+        if first_parent:
             self.operations += groups.size * (FAN_OUT + 1) * n
             self.operations += _mend_ancestors(self._rows, self._levels, groups, level=1)
         self._sums = self._sums + step
 
     def mark(self):
-        self._open = {**super().mark(), "sum": self._sums, "looks": len(self._ledger.looks)}
-        return self._open
+        return {**super().mark(), "sum": self._sums, "looks": len(self._ledger.looks)}
 
     def undo(self, mark):
         super().undo(mark)
-        if "rows" in mark:
-            kept, saved = mark["rows"]
-            saved = np.flatnonzero(saved)
-            self._rows[self.active.neurons[saved]] = kept[saved]
-            _mend_ancestors(self._rows, self._levels, self.active.neurons)
         self._sums = mark["sum"]
         del self._ledger.looks[mark["looks"] :]
+        # Products of neurons that have moved, some of them or all, come from the weights again.
+        weights = self._weights(np.arange(self.n_live)).astype(self.dtype)
+        with _one_blas_thread():
+            for low in range(0, self.active.neurons.size, BLOCK):
+                moved = self.active.neurons[low : low + BLOCK]
+                self._rows[moved] = weights[moved] @ self._cast_X.T
+        _mend_ancestors(self._rows, self._levels, self.active.neurons)
 
     def _note(self, flips):
         self._ledger.looks.append(_Flips([(flips, np.array([flips.size]))], self._sums))
