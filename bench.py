@@ -557,7 +557,8 @@ def draw_work(samples):
         share = sample["looked_at"] / first["live"]
         text = f"{sample['looked_at']:,}" if share < 1e-4 else f"{percent(share)} of live neurons"
         place = {"xy": (sample["step"], sample["looked_at"]), "xytext": (12, 4)}
-        axis.annotate(text, **place, textcoords="offset points", fontsize=12)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axis.annotate(text, **place, textcoords="offset points", fontsize=12, bbox=box)
     axis.set_yscale("symlog", linthresh=1)  # which has a place for zero
     axis.set(ylim=(-0.3, 3 * first["width"]), xlim=(0.8, places[-1] + 0.9), xticks=places)
     axis.set(xlabel="Gauss-Newton step", ylabel="neurons whose products are read")
@@ -577,7 +578,8 @@ def compared_table(samples):
         }
         ratios = [times(means[name] / means["lazy"]) for name in ("dense", "numpy", "product")]
         text = f"n = {size['n']}, d = {size['d']}, m = {power_text(size['width'])}"
-        rows.append([text, f"{1e3 * means['lazy']:.2g} ms", *ratios])
+        milliseconds = f"{1e3 * means['lazy']:.{0 if means['lazy'] >= 1e-2 else 1}f} ms"
+        rows.append([text, milliseconds, *ratios])
     return markdown_table(rows)
 
 
@@ -1119,7 +1121,7 @@ def judge_contraction(samples):
         "each step at least halves the residual, at the widths measured",
         "Theorems 1.1, 4.1",
         "ratio at most 0.5 in every step of every run",
-        f"true of {len(good)} of {len(cells)} runs; in the others some step did worse, {others}",
+        f"true of {len(good)} of {len(cells)} runs; in the others some step does less, {others}",
         len(good) == len(cells),
         f"in those, steps to 1e-9: {spread([sample['steps'] for sample in good])}",
     )

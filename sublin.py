@@ -49,8 +49,8 @@ the sum, "active" as >= b, m d columns in J, g = R z in Algorithm 5, and its tol
 ||f - y||.
 
 The module reads from top to bottom: one step in plain NumPy, the problem and its kernel, starting
-weights, trees, the Jacobian, sketches, solvers, searches, the lazy search, scaling, saving, the
-trainer; then what needs no mathematics, checks of input and threads.
+weights, trees, the Jacobian, sketches, solvers, trained networks, searches, the lazy search,
+scaling, saving, the trainer; then what needs no mathematics, checks of input and threads.
 
 Further references
 
@@ -1342,7 +1342,8 @@ class _Network(NamedTuple):
         return np.concatenate(list(self.start.blocks(lambda first, W, signs: signs)))
 
     def active_sets(self, X):
-        """ActiveSets at the rows of X (n, d), with the neurons' own numbers."""
+        """ActiveSets at the training points X (n, d), with the neurons' own numbers. Only live
+        neurons are looked at, so for other points it would miss some."""
         order = np.argsort(self.live)
         firing = np.flatnonzero(self.weights[order] @ X.T >= self.shift)
         neurons, points = np.divmod(firing, len(X))
@@ -1363,15 +1364,12 @@ class _Network(NamedTuple):
 
 
 class _Moved(NamedTuple):
-    """Neurons whose weights are not those of the start."""
+    """Neurons whose weights come from an earlier fit: all that it held, its live ones, or all m
+    after "dense", whether or not they have moved."""
 
     numbers: np.ndarray  # (k,) ascending
     weights: np.ndarray  # (k, d)
     signs: np.ndarray  # (k,)
-
-    @classmethod
-    def none(cls, d):
-        return cls(np.zeros(0, np.int64), np.zeros((0, d), np.float32), np.zeros(0))
 
 
 class _Search:
@@ -1561,14 +1559,15 @@ class _Dense(_ForwardPass):
 class _Flips(NamedTuple):
     """The flips that a look for them found, all at one moment."""
 
-    # CHUNKS entries, None but for the first chunk of each thread's share, which has FLIPs and an
-    # array of one number, how many of them are written so far; when a look is over, they are all.
+    # Each entry is None, or FLIPs and an array of one number, how many of them are written so far
+    # (all, when a look is over). A lazy look has CHUNKS entries, filled at the first chunk of each
+    # share of _in_threads; a scan or a tree has one entry.
     pieces: list
     sums: np.ndarray  # s then
 
 
 class _Ledger:
-    """What training has done to weights that are not touched:
+    """What training has done to the weights, of which only the starting ones are stored:
 
         w_r = w_r(0) - m^(-1/2) a_r sum_i gamma[r, i] x_i,
 
@@ -1731,7 +1730,8 @@ class _Scan(_ForwardPass):
         self._ledger.looks.append(_Flips([(flips, np.array([flips.size]))], self._sums))
 
     def _weights(self, rows):
-        """Of the live neurons, all of them."""
+        """Weights of all live neurons, in the order of `live`. `rows` must be 0, ..., n_live - 1:
+        unlike the other searches this one cannot pick some of them."""
         offsets = np.zeros(rows.size + 1, np.int64)
         offsets[self.active.neurons + 1] = np.diff(self.active.offsets)
         pairs = np.cumsum(offsets), self.active.points, self._sums
@@ -1993,7 +1993,8 @@ def _slack_of_single(points, products, first, size, margin, XXt, cross, shift):
 
 @njit(inline="always")
 def _slack_of_travel(products, first, k, size, margin, cross, longest, shift):
-    """The travel below which no pair of a neuron can flip, by (*)."""
+    """The travel below which no pair of a neuron can flip, by (*). Rows of X have length 1 up to
+    1e-6 only, so an active product may move by `longest` times the travel."""
     above, below = np.inf, margin
     for e in range(first, first + k):
         above = min(above, products[e] - shift)
@@ -2869,7 +2870,7 @@ class _Stopwatch:
         self._last = now
 
 
-# "auto" starts with mu = DAMPING times the mean of G's diagonal.
+# "auto" starts with mu = DAMPING times the mean of G's diagonal times the relative residual.
 DAMPING = 1e-3
 TRIALS = 24  # steps tried in an iteration, with four times the damping each time, before it ends
 
@@ -3013,11 +3014,13 @@ class SublinearTrainer:
         seconds_update. The start has no seconds: they are init_seconds_.
     loss_curve_ : list of the losses.
     residual_ (float), n_iter_ (int), converged_ (bool), shift_ (float), n_live_ (int, neurons
-        active on some point at the start), init_seconds_ (float), signs_ (m,).
+        active on some point when the search began and, except with "dense", all that an earlier
+        fit held), init_seconds_ (float), signs_ (m,) int8.
 
     Memory: "lazy" holds the starting weights of live neurons, 56 bytes more for each, and 12 for
-    each pair near the threshold, a few times sum |Q_i|; nothing of size m. "scan" and "tree" hold
-    (1 + 1/15) n m products and the starting weights of live neurons, "dense" m d weights.
+    each pair near the threshold, a few times sum |Q_i|; nothing of size m. "scan" holds n m
+    products and "tree" (1 + 1/15) n m, both with the starting weights of live neurons; "dense"
+    holds m d weights.
     Costs: fit takes O(n m d) once, then for each step the search as above and the solver, O(n^3)
     for "cholesky". It raises ValueError, TypeError or MemoryError on bad input, LinAlgError when
     the Gram matrix is singular and damping is zero.
@@ -3104,7 +3107,9 @@ class SublinearTrainer:
         scales = _Scales.of(X, y, self.normalize)
         X, y = scales.unit_rows(X), scales.targets(y)
         start = _Start(seed, self.width, X.shape[1], self.init)
-        fitted = self._problem(X, y, shift, start, _Moved.none(X.shape[1]), progress)
+        d = X.shape[1]
+        moved = _Moved(np.zeros(0, np.int64), np.zeros((0, d), np.float32), np.zeros(0))
+        fitted = self._problem(X, y, _unreachable(X, y), shift, start, moved, progress)
         fitted |= {"_scales": scales, "shift_": shift, "n_features_in_": n_features}
         fitted |= {} if names is None else {"feature_names_in_": names}
         damping = 0.0 if self.damping == "auto" else float(self.damping)
@@ -3133,26 +3138,26 @@ class SublinearTrainer:
                     f"got {now!r}; use warm_start=False to begin anew"
                 )
         X, y = scales.unit_rows(X), scales.targets(y)
+        unreachable = _unreachable(X, y)
         if (
             type(search) is SEARCHES[self.search]
             and search.dtype == self.dtype
             and np.array_equal(X, self._X)
         ):
-            fitted = {"_y": y, "_unreachable": _unreachable(X, y)}
+            fitted = {"_y": y, "_unreachable": unreachable}
         else:
             network = self._trained_network()
             rows = np.argsort(network.live)
             moved = _Moved(*(a[rows] for a in (network.live, network.weights, network.signs)))
-            fitted = self._problem(X, y, shift, start, moved, progress)
+            fitted = self._problem(X, y, unreachable, shift, start, moved, progress)
             search = fitted["_search"]
         residual = _relative_residual(search.outputs, y)
         fitted |= {"residual_": residual, "converged_": residual <= self.tol}
         vars(self).update(fitted, init_seconds_=time.perf_counter() - begin)
 
-    def _problem(self, X, y, shift, start, moved, progress):
+    def _problem(self, X, y, unreachable, shift, start, moved, progress):
         """What a fit is about: points, targets, and a search at a network of which some neurons
         have moved from the start."""
-        unreachable = _unreachable(X, y)
         kind = SEARCHES[self.search]
         search = kind(X, y, shift, start, moved, self.dtype, progress.drawn)
         fitted = {"_X": X, "_y": y, "_unreachable": unreachable, "n_live_": search.n_live}
@@ -3160,11 +3165,8 @@ class SublinearTrainer:
 
     def _train(self, progress):
         """Steps until the residual is at most tol, or max_iter of them."""
-        solver, damping, last = (
-            self._new_solver(),
-            _Damping(self.damping),
-            self.n_iter_ + self.max_iter,
-        )
+        solver, damping = self._new_solver(), _Damping(self.damping)
+        last = self.n_iter_ + self.max_iter
         while not self.converged_ and self.n_iter_ < last and np.isfinite(self.residual_):
             before = self.residual_
             if not self._step(solver, damping, self.n_iter_ + 1 == last):
@@ -3274,10 +3276,8 @@ class SublinearTrainer:
             remedy = 'the pure step diverges; set damping="auto", or use a larger width or a '
             remedy += "smaller shift"
         elif self.residual_ <= 1.01 * floor:
-            remedy = (
-                f"it cannot fall below {floor:.2e} since points coincide; raise tol above that, "
-            )
-            remedy += "or merge them"
+            remedy = f"it cannot fall below {floor:.2e} since points coincide; raise tol above "
+            remedy += "that, or merge them"
         elif silent.size:
             remedy = (
                 f"{silent.size} of {len(self._X)} points have no active neuron (the first is "
@@ -3484,7 +3484,7 @@ def _convergence_warning(theirs):
 
 
 # ==================================================================================================
-# Checks of input: the one place that refuses it (singular systems are refused by the solvers)
+# Checks of input that several places share (what concerns one function only is checked there)
 # ==================================================================================================
 
 
@@ -3852,7 +3852,8 @@ def _in_threads(task, work, most=CHUNKS):
     takes as long as that; else on as many as numba.get_num_threads() says, `most` at most, numbered
     from 0. A thread takes the next share when it is done with one, since threads of a shared
     machine are not equally fast. Compiled tasks must be nogil. When this returns or raises, no task
-    is running.
+    is running: a helper that works holds its lock, for which _join waits, and one that begins only
+    later finds nothing left to take.
     """
     threads = min(most, numba.get_num_threads()) if work >= 1 << 16 else 1
     shares = min(CHUNKS, 8 * threads) if work >= 1 << 24 else threads

@@ -2991,8 +2991,8 @@ def test_the_table_of_peers_names_targets_that_were_missed():
     samples = [{**case, **ours}] * 3 + [{**case, "peer": "torch adam", **theirs}]
     assert bench.peer_result(samples, "random", "torch adam", 1e-3) == (9.0, 4.5)
     table = bench.peers_table(samples)
-    assert "| sublin | 1.0 times | 1.0 times | 75.0 % |" in table
-    assert "(float32) | 4.5 times | not within 30 s (2e-04) | 50.0 % |" in table
+    assert "| sublin (float64) | 1.0 times | 1.0 times | 75.0 % |" in table
+    assert "(float32) | 4.5 times | not within 30 s, best 2e-04 | 50.0 % |" in table
 
 
 # ==================================================================================================
