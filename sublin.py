@@ -692,17 +692,19 @@ def _add_gram_times(X, XXt, active, v, edges, totals):
     w = np.empty(d)
     for chunk in range(edges.size - 1):
         for q in range(edges[chunk], edges[chunk + 1]):
-            points = active.points[active.offsets[q] : active.offsets[q + 1]]
-            if _through_gram(points.size, points.size, d, SCATTERED):
-                for i in points:
-                    for j in points:
-                        totals[chunk, i] += XXt[i, j] * v[j]
+            first, end = active.offsets[q], active.offsets[q + 1]
+            if _through_gram(end - first, end - first, d, SCATTERED):
+                for e in range(first, end):
+                    i, product = active.points[e], 0.0
+                    for h in range(first, end):
+                        product += XXt[i, active.points[h]] * v[active.points[h]]
+                    totals[chunk, i] += product
             else:
                 w[:] = 0.0
-                for i in points:
-                    _add_multiple(w, v[i], X[i])
-                for i in points:
-                    totals[chunk, i] += _dot(w, X[i])
+                for e in range(first, end):
+                    _add_multiple(w, v[active.points[e]], X[active.points[e]])
+                for e in range(first, end):
+                    totals[chunk, active.points[e]] += _dot(w, X[active.points[e]])
 
 
 @njit(cache=True, nogil=True)
