@@ -2025,29 +2025,20 @@ def _certify(points, products, row, XXt, cross, longest, shift, distance):
 LOOKED_AT, MOVING, SHORT, OPERATIONS = range(4)
 
 
-@njit(cache=True, nogil=True)
-def _count_flips(flips, groups, firing, counts):
-    """Adds to counts what flips change of C, C_ij = |Q_i and Q_j|, before it is made symmetric.
+@njit(inline="always")
+def _count_flips(points, first, k, flips, begun, found, counts):
+    """Adds to counts what the flips begun, ..., found - 1, those of one neuron, change of C,
+    C_ij = |Q_i and Q_j|, before it is made symmetric.
 
-    With a the points that a neuron is active on now, 0 and 1, and f its flips, +1 and -1, its share
-    of C is a a^T, and was (a - f) (a - f)^T. The difference f a^T + a f^T - f f^T is the symmetric
-    part of 2 f a^T - f f^T. Row z of `groups` tells of flip z where its neuron's flips begin, and
-    where in `firing` the points that it is active on begin and end. Flips of one point are taken
-    together, so that its row of counts is in cache.
+    With a the points that the neuron is active on now, 0 and 1, and f its flips, +1 and -1, its
+    share of C is a a^T, and was (a - f) (a - f)^T. The difference f a^T + a f^T - f f^T is the
+    symmetric part of 2 f a^T - f f^T.
     """
-    ends, order = np.zeros(len(counts) + 1, np.int64), np.empty(flips.size, np.int64)
-    for flip in flips:
-        ends[flip["point"] + 1] += 1
-    for i in range(len(counts)):
-        ends[i + 1] += ends[i]
-    for z in range(flips.size):
-        order[ends[flips[z]["point"]]] = z
-        ends[flips[z]["point"]] += 1
-    for z in order:
+    for z in range(begun, found):
         j, sign = flips[z]["point"], flips[z]["sign"]
-        for e in range(groups[z, 1], groups[z, 2]):
-            counts[j, firing[e]] += 2 * sign
-        for y in range(groups[z, 0], z):
+        for e in range(first, first + k):
+            counts[j, points[e]] += 2 * sign
+        for y in range(begun, z):
             counts[j, flips[y]["point"]] -= 2 * sign * flips[y]["sign"]
         counts[j, j] -= 1
 
@@ -2066,9 +2057,7 @@ def _look(live, geometry, moments, edges, outputs, tally, flips, count, counts):
     first_moment, now, sums, distance = moments
     d, found = X.shape[1], 0
     factors, w = np.empty(len(X)), np.empty(d)
-    groups, firing = np.empty((flips.size, 3), np.int32), np.empty(flips.size, np.uint32)
     for chunk in range(edges.size - 1):
-        first_flip, fire = found, 0
         for q in range(edges[chunk], edges[chunk + 1]):
             if certificates[q] > distance:
                 continue
@@ -2100,18 +2089,12 @@ def _look(live, geometry, moments, edges, outputs, tally, flips, count, counts):
             k, found = _flip(
                 points, products, first, size, k, scale, shift, q, flips, found, outputs[chunk]
             )
-            if found > begun:
-                for e in range(k):
-                    firing[fire + e] = points[first + e]
-                for z in range(begun - first_flip, found - first_flip):
-                    groups[z, 0], groups[z, 1], groups[z, 2] = begun - first_flip, fire, fire + k
-                fire += k
+            _count_flips(points, first, k, flips, begun, found, counts)
             tally[chunk, MOVING] += int(k > 0) - int(row.active > 0)
             tally[chunk, OPERATIONS] += size + (found - begun) * k
             row.active = k
             certificates[q] = _certify(points, products, row, XXt, cross, longest, shift, distance)
-        count[0] = found
-        _count_flips(flips[first_flip:found], groups, firing, counts)
+    count[0] = found
 
 
 @njit(cache=True, nogil=True)
@@ -2355,8 +2338,6 @@ class _Lazy(_Search):
             numbers = first + copies * (low + np.arange(len(some)))
             active[np.isin(numbers, moved)] = 0  # of twins both have moved, or neither
             chosen = np.flatnonzero(active)
-            # Rows of equal length together: loops of a length that is expected are faster.
-            chosen = chosen[np.lexsort((active[chosen], kept[chosen]))]
             thresholds = thresholds[chosen].astype(float)
             margins = np.maximum(0.0, self.shift - rounding - thresholds)
             room = copies * int(kept[chosen].sum())
