@@ -550,15 +550,11 @@ def draw_work(samples):
     for name in ("dense", "scan", "tree", "lazy"):
         first, *steps = where(runs, method=name)
         places, read = ([sample[key] for sample in steps] for key in ("step", "looked_at"))
-        axis.plot(places, read, label=METHODS[name].label, **METHODS[name].look)
+        shares = ", ".join(percent(count / first["live"]) for count in read[:3])
+        label = f"lazy: {shares} ... of the live neurons" if name == "lazy" else name
+        axis.plot(places, read, label=label, **METHODS[name].look)
     flips = [sample["flips"] for sample in steps]
     axis.plot(places, flips, color=GREY, linestyle=":", marker=".", label="pairs that flip")
-    for sample in steps:
-        share = sample["looked_at"] / first["live"]
-        text = f"{sample['looked_at']:,}" if share < 1e-4 else f"{percent(share)} of live neurons"
-        place = {"xy": (sample["step"], sample["looked_at"]), "xytext": (12, 4)}
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axis.annotate(text, **place, textcoords="offset points", fontsize=12, bbox=box)
     axis.set_yscale("symlog", linthresh=1)  # which has a place for zero
     axis.set(ylim=(-0.3, 3 * first["width"]), xlim=(0.8, places[-1] + 0.9), xticks=places)
     axis.set(xlabel="Gauss-Newton step", ylabel="neurons whose products are read")
