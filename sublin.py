@@ -2304,7 +2304,7 @@ class _Lazy(_Search):
         self._lay_out([stretch for block in blocks for stretch in block], moved)
         self._margin = np.sqrt(np.mean(pull.astype(float) ** 2))  # a typical one
         for neurons in self._batches(np.arange(self._n_drawn, self.n_live)):
-            products = self._weights(neurons) @ self.X.T
+            products = self._all_products(neurons)
             margins = np.full(neurons.size, self._margin)
             self._place(neurons, products, products >= self.shift, margins)
         active = self.gathered(np.arange(self.n_live))
@@ -2505,7 +2505,7 @@ class _Lazy(_Search):
     def _place_anew(self, short):
         """Makes rows anew that have used up their margins."""
         for neurons in self._batches(short):
-            products = self._weights(neurons) @ self.X.T
+            products = self._all_products(neurons)
             rows = self._live.rows[neurons]
             ends = np.cumsum(rows["count"])
             _, pairs = _ranges(rows["start"], rows["start"] + rows["count"])
@@ -2517,6 +2517,11 @@ class _Lazy(_Search):
             self._place(neurons, products, active, margins)
             self.operations += products.size * self.X.shape[1]
         self.placed_anew += short.size
+
+    def _all_products(self, neurons):
+        """Products (k, n) of some neurons as they are now, from their weights."""
+        with _one_blas_thread():
+            return self._weights(neurons) @ self.X.T
 
     def _batches(self, neurons):
         """Parts of a list of neurons, small enough for all products of each."""
