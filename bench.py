@@ -1241,9 +1241,9 @@ def judge_sparsity(samples):
     claim = bounded(
         "|Q_i| = O(m^((3 + alpha) / 4))",
         "Lemma A.10, Theorem G.2",
-        "exponents at most (3 + alpha) / 4, and max |Q_i| / m^((3 + alpha) / 4)",
+        "exponents of the mean |Q_i| at most (3 + alpha) / 4, and max |Q_i| / m^((3 + alpha) / 4)",
         constants,
-        "exponents: "
+        "exponents of the mean: "
         + ", ".join(f"{power:.3f} at alpha {alpha}" for alpha, power in exponents.items()),
     )
     fits = all(exponent <= (3 + alpha) / 4 for alpha, exponent in exponents.items())
@@ -1747,9 +1747,9 @@ def judge_path(samples, label):
         lambda s: s["move"] * s["width"] ** 0.5 * s["kernel"] / n,
     )
     yield bound(
-        "|J_t - J_0|_F at most sqrt(n R_0) m^(-1/4)",
+        "|J_t - J_0|_F at most sqrt(n R) m^(-1/4) where no weight moves further than R / sqrt(m)",
         "Lemma 4.4",
-        "|J_t - J_0|_F / (sqrt(n R_0) m^(-1/4)), R_0 the least that fits the largest move,",
+        "|J_t - J_0|_F / (sqrt(n R) m^(-1/4)), R being the largest move measured times sqrt(m),",
         lambda s: s["jacobian change"] / np.sqrt(n * s["move"]),
     )
     widest = where(samples, width=widths[-1])

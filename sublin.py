@@ -73,15 +73,17 @@ import inspect
 import json
 import math
 import os
+import secrets
+import stat
 import sys
-import tempfile
 import threading
 import time
 import warnings
 from collections import deque
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, partial, wraps
 from itertools import pairwise
+from pickle import UnpicklingError
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -91,6 +93,8 @@ import scipy.linalg
 import scipy.sparse
 import scipy.special
 from numba import njit, types
+from numba.core.caching import FunctionCache
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 from scipy.linalg.lapack import dpotrf, dpotrs
 from scipy.sparse.linalg import LinearOperator, cg
@@ -121,6 +125,18 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 # module; those that end in (edges, totals) are called by _sum_over_chunks: edges divide items into
 # chunks, and each chunk has a row of totals.
 CHUNKS = 64
+
+
+def quiet(public):
+    """For what users call: the caller's np.seterr, of which underflow may be an error, has no say
+    in what is computed."""
+
+    @wraps(public)
+    def called(*arguments, **options):
+        with np.errstate(all="ignore"):
+            return public(*arguments, **options)
+
+    return called
 
 
 # ==================================================================================================
@@ -168,6 +184,7 @@ def default_shift(width, alpha=0.04):
     return math.sqrt(0.5 * (1.0 - alpha) * math.log(width))
 
 
+@quiet
 def separability(X):
     """Separability of the rows of X (n, d): the least of |x_i - x_j| and |x_i + x_j| over i != j
     (Definition 2.11).
@@ -183,6 +200,7 @@ def separability(X):
     return float(least)
 
 
+@quiet
 def shifted_ntk(X, shift):
     """Shifted neural tangent kernel H (n, n) of Definition 2.10, the limit of G as m grows.
 
@@ -194,8 +212,10 @@ def shifted_ntk(X, shift):
     """
     X = _check_unit_rows(_check_matrix("X", X))
     shift = _check_real("shift", shift)
-    rho = np.clip(X @ X.T, -1.0, 1.0)
-    np.fill_diagonal(rho, 1.0)
+    X = X / np.linalg.norm(X, axis=1, keepdims=True)
+    rho = X @ X.T
+    # Rows that are equal, or opposite, up to a few rounding errors are so.
+    rho = np.where(np.abs(rho) >= 1.0 - 8 * np.finfo(float).eps, np.sign(rho), rho)
     with np.errstate(divide="ignore"):
         slope = np.sqrt((1.0 - rho) / (1.0 + rho))
     both = scipy.special.ndtr(-shift) - 2.0 * scipy.special.owens_t(shift, slope)
@@ -214,6 +234,7 @@ def smallest_ntk_eigenvalue(X, shift):
     return float(scipy.linalg.eigh(H, eigvals_only=True, subset_by_index=[0, 0])[0])
 
 
+@quiet
 def ntk_eigenvalue_bounds(X, shift):
     """The interval (low, high) that Theorem 2.13 gives for lambda: exp(-b^2 / 2) delta / (100 n^2)
     and exp(-b^2 / 2), delta being the separability of the rows of X.
@@ -231,7 +252,7 @@ def ntk_eigenvalue_bounds(X, shift):
             "X must have at least 2 rows for a separability, got 1; "
             "a single point has lambda = P(Z >= shift)"
         )
-    high = math.exp(-0.5 * shift**2)
+    high = math.exp(-0.5 * shift * shift)
     return high * separability(X) / (100 * len(X) ** 2), high
 
 
@@ -383,7 +404,7 @@ def _levels(leaves):
     return np.array(levels)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _set_maximum(rows, first_child, parent):
     """rows[parent] = the maximum of the FAN_OUT rows from first_child on."""
     largest_row, children = rows[parent], rows[first_child : first_child + FAN_OUT]
@@ -394,7 +415,7 @@ def _set_maximum(rows, first_child, parent):
         largest_row[i] = largest
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _mend(rows, first_child, first_parent, parents, low, high):
     """Recomputes the maxima of the parents low, ..., high - 1 of those given, of one level.
     O(n FAN_OUT) each."""
@@ -421,7 +442,7 @@ def _mend_ancestors(rows, levels, nodes, level=0):
     return touched
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _count_reaching(rows, first, groups, tau, first_point, end_point, counts, low, high):
     """counts of the points i in [first_point, end_point) with rows[r, i] >= tau, for every row r of
     the groups of siblings low, ..., high - 1 of those given."""
@@ -434,7 +455,7 @@ def _count_reaching(rows, first, groups, tau, first_point, end_point, counts, lo
             counts[q * FAN_OUT + k] = np.int64(count)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _report(rows, neurons, offsets, tau, first_point, end_point, points, values, low, high):
     """Points in [first_point, end_point) on which the leaves of the neurons low, ..., high - 1 of
     those given reach tau, and the leaves' values there."""
@@ -489,7 +510,7 @@ def _query(rows, levels, low, high, tau):
     return ActiveSets(neurons, offsets, points), values, touched, counts.size
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _by_point(active, n):
     """The pairs of ActiveSets by point: (indptr, indices), the neurons active on point i being
     indices[indptr[i]:indptr[i + 1]]."""
@@ -526,6 +547,7 @@ class MaxTrees:
         tree is one node.
     """
 
+    @quiet
     def __init__(self, X, W):
         X = _check_matrix("X", X, keep_float32=True)
         W = _check_matrix("W", W, keep_float32=True)
@@ -543,6 +565,7 @@ class MaxTrees:
         _mend_ancestors(self._rows, self._levels, np.arange(len(W)))
         self.touched = self._rows.size
 
+    @quiet
     def query(self, i, tau):
         """Algorithm 4: ascending int64 indices j with <w_j, x_i> >= tau, k of them, in
         O((1 + k) log m)."""
@@ -551,6 +574,7 @@ class MaxTrees:
         self.touched += touched
         return active.neurons
 
+    @quiet
     def query_all(self, tau):
         """All n queries in one descent: (indptr, indices), the answer for x_i being
         indices[indptr[i]:indptr[i + 1]].
@@ -568,6 +592,7 @@ class MaxTrees:
         w = _check_vector("w", w, size=self.X.shape[1], reason="one for each column of X")
         self.update_many([_check_index("j", j, len(self.W))], w[None])
 
+    @quiet
     def update_many(self, js, W_new):
         """Replaces the k weight vectors with the distinct indices js (k,) by the rows of W_new
         (k, d).
@@ -627,7 +652,7 @@ def _by_neuron(indptr, indices, m):
     return ActiveSets(neurons, np.append(offsets[neurons], offsets[-1]), points)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _dot(u, v):
     product = u.dtype.type(0)
     for k in range(u.size):
@@ -635,7 +660,7 @@ def _dot(u, v):
     return product
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _add_multiple(u, factor, v):
     """u += factor v."""
     for k in range(u.size):
@@ -654,7 +679,7 @@ def _through_gram(k, count, d, entry):
     return entry * k * count <= (k + count) * d
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _add_outputs(active, signs, values, shift, edges, totals):
     """Adds signs[r] (values[r, i] - shift) over r in Q_i to totals[chunk, i]."""
     for chunk in range(edges.size - 1):
@@ -663,7 +688,7 @@ def _add_outputs(active, signs, values, shift, edges, totals):
                 totals[chunk, active.points[e]] += signs[q] * (values[e] - shift)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _add_jacobian_times(X, active, signs, u, edges, totals):
     """Adds J u sqrt(m) to totals, u (m d,). O(nnz d)."""
     d = X.shape[1]
@@ -674,7 +699,7 @@ def _add_jacobian_times(X, active, signs, u, edges, totals):
                 totals[chunk, active.points[e]] += signs[q] * _dot(w, X[active.points[e]])
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _jacobian_transpose_times(X, active, signs, v, out, low, high):
     """Adds J^T v sqrt(m) to out (m d,), for the neurons low, ..., high - 1 of K. O(nnz d)."""
     d = X.shape[1]
@@ -684,7 +709,7 @@ def _jacobian_transpose_times(X, active, signs, v, out, low, high):
             _add_multiple(w, signs[q] * v[active.points[e]], X[active.points[e]])
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _add_gram_times(X, XXt, active, v, edges, totals):
     """Adds G v m to totals, neuron by neuron: k^2 operations through X X^T if it is active on
     k <= d / 2 points, as most are, and 2 k d through J (J^T v) otherwise."""
@@ -707,7 +732,7 @@ def _add_gram_times(X, XXt, active, v, edges, totals):
                     totals[chunk, active.points[e]] += _dot(w, X[active.points[e]])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _count_pairwise(active, low, high, counts):
     """Adds to counts[i, j], j <= i, the neurons low, ..., high - 1 of K that i and j share."""
     for q in range(low, high):
@@ -732,7 +757,7 @@ if numba.config.DISABLE_JIT:
         return int(word).bit_count()
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _count_in_words(active, low, high, counts):
     """What _count_pairwise does, 64 neurons at a time: a bit for each, in a word for a point."""
     n, words = len(counts), (high - low + 63) // 64
@@ -793,6 +818,7 @@ class SparseJacobian(LinearOperator):
     TypeError, ValueError or IndexError on bad input.
     """
 
+    @quiet
     def __init__(self, X, signs, indptr, indices):
         X = _check_matrix("X", X).copy()  # X X^T is kept, so X must not change under it
         signs = _check_signs(signs)
@@ -815,11 +841,13 @@ class SparseJacobian(LinearOperator):
         self.X, self._XXt, self.width = X, XXt, width
         self.flips = 0  # pairs that have flipped in training up to here
 
+    @quiet
     def _matvec(self, u):
         u = _check_vector("u", np.ravel(u), size=self.shape[1], reason="m d of them")
         sums = self._sum_by_point(_add_jacobian_times, self.X, self.active, self._signs, u)
         return sums / np.sqrt(self.width)
 
+    @quiet
     def _rmatvec(self, v):
         v = _check_vector("v", np.ravel(v), size=len(self.X), reason="one for each row of X")
         out = np.zeros(self.shape[1])
@@ -828,6 +856,7 @@ class SparseJacobian(LinearOperator):
         _over_items(_jacobian_transpose_times, self.active.neurons.size, work, *where)
         return out
 
+    @quiet
     def gram_times(self, v):
         """G v for v (n,), in at most O(nnz d) operations and O(n) memory."""
         v = _check_vector("v", v, size=len(self.X), reason="one for each row of X")
@@ -875,7 +904,7 @@ class SparseJacobian(LinearOperator):
 SPARSITY = 4  # nonzeros in a column of the sparse sign sketch; 4 to 8 are usual [NN13]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _hash(key, counter):
     """Counter-based random uint64: the counter-th output of SplitMix64 started at key."""
     z = key + (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -884,7 +913,7 @@ def _hash(key, counter):
     return z ^ (z >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _hashed_normals(key, normals):
     """Fills `normals`, of even size, with standard normal numbers (Box and Muller)."""
     for k in range(0, normals.size, 2):
@@ -894,7 +923,7 @@ def _hashed_normals(key, normals):
         normals[k], normals[k + 1] = radius * np.cos(angle), radius * np.sin(angle)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _gaussian_times(X, active, signs, key, out, low, high):
     """Rows low, ..., high - 1 of S J^T sqrt(m size) for a Gaussian S, drawn neuron by neuron."""
     d = X.shape[1]
@@ -907,7 +936,7 @@ def _gaussian_times(X, active, signs, key, out, low, high):
                 out[row, i] += signs[q] * _dot(normals[:d], X[i])
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _hadamard_times(indptr, neurons, signs, rows, out, low, high):
     """out[i, s] = sum over r in Q_i of signs (-1)^popcount(rows[s] & r), rows of a Hadamard matrix,
     for the points low, ..., high - 1."""
@@ -918,7 +947,7 @@ def _hadamard_times(indptr, neurons, signs, rows, out, low, high):
                 out[i, s] += -signs[z] if parity else signs[z]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _sparse_sign_times(X, indptr, slots, neurons, signs, key, out, low, high):
     """Rows low, ..., high - 1 of the transpose of S J^T sqrt(m SPARSITY) for a sparse sign S; X
     carries the signs of the coordinates.
@@ -945,7 +974,7 @@ def _sparse_sign_times(X, indptr, slots, neurons, signs, key, out, low, high):
                 out[i, first + k % length] += unwound[k]
 
 
-@njit(cache=True)
+@njit(nogil=True)
 def _random_signs(key, counters):
     """A sign +1 or -1 for every counter."""
     signs = np.empty(counters.size)
@@ -977,6 +1006,7 @@ def _key(rng):
     return np.uint64(rng.integers(1 << 63))
 
 
+@quiet
 def gaussian_sketch(J, size, rng):
     """S J^T (size, n) for S (size, m d) of independent N(0, 1 / size) entries.
 
@@ -996,6 +1026,7 @@ def gaussian_sketch(J, size, rng):
     return out / np.sqrt(J.width * size)
 
 
+@quiet
 def srht_sketch(J, size, rng):
     """S J^T (size, n) for a subsampled randomised Hadamard transform S = sqrt(N / size) P H D with
     Kronecker signs D.
@@ -1028,6 +1059,7 @@ def srht_sketch(J, size, rng):
     return (neurons * coordinates[:, coordinate_rows]).T / np.sqrt(J.width * size)
 
 
+@quiet
 def sparse_sign_sketch(J, size, rng):
     """S J^T (size, n) for a sparse sign matrix S with SPARSITY = 4 nonzeros in each column, one in
     each quarter of its rows.
@@ -1089,6 +1121,10 @@ def _singular_error(J, otherwise=""):
     )
 
 
+# SciPy 1.11 has another name for it.
+RTOL = "rtol" if "rtol" in inspect.signature(cg).parameters else "tol"
+
+
 def _conjugate_gradients(system, residual, tolerance, limit, inverse=None):
     """To ||G g - (f - y)|| <= tolerance ||f - y||, preconditioned by `inverse`, a function near the
     inverse of the system; and the number of iterations."""
@@ -1099,13 +1135,15 @@ def _conjugate_gradients(system, residual, tolerance, limit, inverse=None):
         iterations += 1
 
     preconditioner = inverse and LinearOperator(system.shape, matvec=inverse, dtype=float)
-    options = {"rtol": tolerance, "maxiter": limit, "M": preconditioner, "callback": count}
+    options = {RTOL: tolerance, "maxiter": limit, "M": preconditioner, "callback": count}
     step, failed = cg(system, residual, **options)
-    if failed:
+    # What conjugate gradients think the residual is drifts away from the true one.
+    error, size = np.linalg.norm(system @ step - residual), np.linalg.norm(residual)
+    if failed or error > max(2.0 * tolerance, 1e-10) * size:
         raise np.linalg.LinAlgError(
-            f"conjugate gradients did not reach a relative residual of {tolerance:.1e} in {limit} "
-            'iterations: the Gram matrix is singular or nearly so; use solver="cholesky" to learn '
-            "more, a larger width, or damping > 0"
+            f"conjugate gradients did not reach a relative residual of {tolerance:.1e}, but "
+            f"{error / size:.1e} in {iterations} iterations: the Gram matrix is singular or nearly "
+            'so; use solver="cholesky" to learn more, a larger width, or damping > 0'
         )
     return step, iterations
 
@@ -1472,7 +1510,7 @@ def _keys(active):
     return np.repeat(active.neurons, np.diff(active.offsets)) << 32 | active.points
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _flips_between(was, now, flips):
     """Writes the pairs that are in one of two ascending arrays only; returns their number."""
     found = p = q = 0
@@ -1611,7 +1649,7 @@ def _ranges(starts, ends):
     return places, np.arange(places.size) + np.repeat(ends - np.cumsum(sizes), sizes)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _move_leaves(rows, active, scale, step, XXt, X, groups, starts, first_parent, low, high):
     """rows[r] += X dw_r, where dw_r = scale[r] * sum over i in act(r) of step[i] x_i is the move of
     neuron r, for the groups low, ..., high - 1 of siblings.
@@ -1638,7 +1676,7 @@ def _move_leaves(rows, active, scale, step, XXt, X, groups, starts, first_parent
             _set_maximum(rows, groups[p] * FAN_OUT, first_parent + groups[p])
 
 
-@njit(cache=True)
+@njit(nogil=True)
 def _move_cost(offsets, n, d):
     """Multiply-adds of _move_leaves."""
     cost = 0
@@ -2043,7 +2081,7 @@ def _count_flips(points, first, k, flips, begun, found, counts):
         counts[j, j] -= 1
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _look(live, geometry, moments, edges, outputs, tally, flips, count, counts):
     """Of the neurons of the chunks (edges[c], ..., edges[c + 1] - 1 are those of chunk c) whose
     certificates ran out, each gets a new one if slack is left, and is looked at otherwise.
@@ -2097,7 +2135,7 @@ def _look(live, geometry, moments, edges, outputs, tally, flips, count, counts):
     count[0] = found
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _unflip(live, flips, count):
     """Takes back the first count[0] flips, the last one first, and voids their neurons' slack and
     certificates."""
@@ -2114,7 +2152,7 @@ def _unflip(live, flips, count):
     count[0] = 0
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _add_active_outputs(live, geometry, moments, edges, outputs):
     """Adds to outputs[chunk] the outputs of the neurons edges[chunk], ..., edges[chunk + 1] - 1."""
     rows, _, points, products = live
@@ -2142,7 +2180,7 @@ def _add_active_outputs(live, geometry, moments, edges, outputs):
                 outputs[chunk, points[first + a]] -= scale * (moved[a] - shift)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _certify_all(live, geometry, moments, low, high):
     """Slack and certificates of the neurons low, ..., high - 1, whose products are those of now."""
     rows, certificates, points, products = live
@@ -2153,7 +2191,7 @@ def _certify_all(live, geometry, moments, low, high):
         )
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _active_pairs(live, chosen):
     """Active pairs of some neurons, named by their places there: (offsets, points)."""
     offsets = np.zeros(chosen.size + 1, np.int64)
@@ -2167,7 +2205,7 @@ def _active_pairs(live, chosen):
     return offsets, points
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _thresholds(products, least_active, pull, cross, lowered_shift):
     """For each row of products: how many reach least_active; if any, the least product to keep,
     lowered_shift - margin; and how many reach that.
@@ -2195,7 +2233,7 @@ def _thresholds(products, least_active, pull, cross, lowered_shift):
     return active, thresholds, kept
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _fill_rows(chosen, room, products, vectors, X, shift, thresholds, margins, copies):
     """Rows of the chosen vectors that fire, each `copies` times: (places among the chosen, ROWs,
     points, products), the active pairs of a row first.
@@ -2566,8 +2604,10 @@ class _Lazy(_Search):
         in_row[neuron, points], active[neuron, points] = True, rank < k[neuron]
         assert in_row.sum() == neuron.size, "a point is in a row twice"
 
-        products = self._weights(np.arange(self.n_live)) @ self.X.T
-        tolerance, excess = 1e-9 * (1.0 + np.abs(products)), products - self.shift
+        weights = self._weights(np.arange(self.n_live))
+        products = weights @ self.X.T
+        excess, lengths = products - self.shift, np.linalg.norm(weights, axis=1, keepdims=True)
+        tolerance = np.broadcast_to(1e-9 * (1.0 + lengths), products.shape)
         doubtful = np.abs(excess) <= tolerance
         assert np.all((active == (excess >= 0)) | doubtful), "an active pair is missed or made up"
         looked = np.where(k > 0, rows["looked"] - self._moments.first, 0)
@@ -2636,6 +2676,11 @@ class _Standard(NamedTuple):
             columns = (A * factors / self.unit - self.mean * factors) / self.deviation
         return np.where(np.isinf(self.deviation), 0.0, columns)
 
+    @property
+    def rounding(self):
+        """How long rounding alone may make a row of zeros."""
+        return 8 * np.finfo(float).eps * np.linalg.norm(self.mean / self.deviation)
+
     def shrinking(self, A):
         """A factor for each row (k, 1) that keeps squares in range; 1 unless the row is out of all
         proportion."""
@@ -2674,10 +2719,18 @@ class _Scales(NamedTuple):
         X = self.x(X, factors)
         if self.lift:
             X = np.column_stack([X, self.lift * factors])
-        return X / _check_row_lengths(X)
+        return X / _check_row_lengths(X, 0.0 if self.lift else self.x.rounding)
 
     def targets(self, y):
-        return y if self.y is None else self.y(y)
+        scaled = y if self.y is None else self.y(y)
+        size = np.abs(scaled).max()
+        if size > 0 and not 1e-30 <= size <= 1e30:
+            unit = "" if self.y is None else f" in the first fit's unit of {self.y_unit:.3g}"
+            raise ValueError(
+                f"y has entries up to {size:.3g}{unit}, out of the range from 1e-30 to 1e30; scale "
+                'them, or begin anew with normalize="lift" and warm_start=False, which scales them'
+            )
+        return scaled
 
     def outputs(self, f):
         """In the units of the targets."""
@@ -2706,7 +2759,7 @@ def _unreachable(X, y):
         f"first are {first} and {second}: no network brings the relative residual below "
         f"{least:.3g}; merge such rows, or set tol above that",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     return deviations
 
@@ -2761,22 +2814,32 @@ def _save(trainer, path):
 def _write_whole(path, arrays):
     """Writes an npz beside `path` and renames it, so that there is either the old file or the new
     one at any moment."""
-    path = os.path.abspath(path)
-    folder, name = os.path.split(path)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=name + ".", delete=False) as file:
-        try:
+    path = _check_regular_file(os.path.realpath(path))  # of a link, what it leads to
+    beside = f"{path}.{secrets.token_hex(4)}"
+    try:
+        with open(beside, "xb") as file:
+            if os.path.exists(path):
+                os.chmod(beside, stat.S_IMODE(os.stat(path).st_mode))
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise
+
+
+def _check_regular_file(path):
+    """The path, unless a folder or a device is there, or a file that may not be written."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"path must be that of a file, but {path!r} is a folder or a device")
+    return path
 
 
 def _load(kind, path):
     """The trainer, of class `kind`, that _save has written. No code of the file is run."""
-    with open(path, "rb") as file:
+    with open(_check_regular_file(os.fspath(path)), "rb") as file:
         try:
             loaded = np.load(file, allow_pickle=False)
             arrays = {name: loaded[name] for name in loaded.files}
@@ -3055,6 +3118,7 @@ class SublinearTrainer:
         self.callback = callback
         self.verbose = verbose
 
+    @quiet
     def fit(self, X, y):
         """Trains on X (n, d) and y (n,), neither of which is modified. Returns self.
 
@@ -3064,8 +3128,8 @@ class SublinearTrainer:
         """
         shift = self._check_options()
         goes_on = self.warm_start and hasattr(self, "history_")
-        names = _feature_names(X)
-        X = _check_features(X, self) if goes_on else _check_matrix("X", X)
+        checked = _check_features(X, self) if goes_on else _check_matrix("X", X)
+        X, names = checked, _feature_names(X)
         y = _check_targets(y, len(X))
         self._check_sketch_size(len(X))
         progress = _Progress(self.verbose, self.max_iter)
@@ -3076,8 +3140,7 @@ class SublinearTrainer:
             else:
                 self._begin(X, y, shift, names, progress)
                 stopped = self._tell(progress)
-            if not stopped:
-                self._train(progress)
+            ended = "by the callback" if stopped else self._train(progress)
         except SystemError as error:  # what an exception in a compiled kernel may show as
             while isinstance(error, SystemError) and error.__cause__ is not None:
                 error = error.__cause__
@@ -3085,8 +3148,8 @@ class SublinearTrainer:
         finally:
             self._roll_back()
             progress.close()
-        if not self.converged_ and self.max_iter > 0:
-            self._warn()
+        if not self.converged_ and ended != "by the callback" and self.max_iter > 0:
+            self._warn(ended)
         return self
 
     def _begin(self, X, y, shift, names, progress):
@@ -3152,17 +3215,28 @@ class SublinearTrainer:
         return {**fitted, "_search": search, "_network": None, "_unfinished": None}
 
     def _train(self, progress):
-        """Steps until the residual is at most tol, or max_iter of them."""
+        """Steps until the residual is at most tol, or at the floor of rounding, or max_iter of
+        them. Returns how it ended."""
         solver, damping = self._new_solver(), _Damping(self.damping)
-        last = self.n_iter_ + self.max_iter
+        last, rounding = self.n_iter_ + self.max_iter, self._rounding()
         while not self.converged_ and self.n_iter_ < last and np.isfinite(self.residual_):
             before = self.residual_
-            if not self._step(solver, damping, self.n_iter_ + 1 == last):
-                break
-            # An adaptive step that gains next to nothing is the last: the floor has been reached.
-            floor = damping.adaptive and self.residual_ > (1.0 - 1e-10) * before
-            if self._tell(progress) or floor:
-                break
+            stepped = self._step(solver, damping, self.n_iter_ + 1 == last)
+            if stepped and self._tell(progress):
+                return "by the callback"
+            # A step that gains next to nothing is the last if no step may raise the residual, or
+            # rounding is all that is left of it.
+            gained = stepped and self.residual_ <= (1.0 - 1e-10) * before
+            if not gained and (damping.adaptive or self.residual_ <= rounding or not stepped):
+                self.converged_ = bool(self.residual_ <= rounding)
+                return "at a floor"
+        return "after max_iter"
+
+    def _rounding(self):
+        """A relative residual that rounding may keep the true one from falling below: outputs are
+        sums of numbers of order one."""
+        relative = 1e-5 if self.dtype == "float32" and self.search != "lazy" else 1e-12
+        return relative * (1.0 + np.sqrt(len(self._y)) / _norm(self._y))
 
     def _new_solver(self):
         kind, problem = SOLVERS[self.solver], (self._X, self.shift_)
@@ -3190,6 +3264,9 @@ class SublinearTrainer:
             if not np.isfinite(step).all():
                 return False
             promised = solver.promise(J, residual, step, mu) - self._unreachable
+            # Points without active neurons move no weight, but their g_i can be as large as 1 / mu,
+            # which would drown the others in sums.
+            step = np.where(J.active_counts() > 0, step, 0.0)
             changed, self._unfinished = search.changing, search.mark()
             flips = search.advance(step, stopwatch.lap)
             after = _relative_residual(search.outputs, self._y)
@@ -3254,12 +3331,12 @@ class SublinearTrainer:
         answer = self.callback(self.history_[-1]) if self.callback else None
         return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
-    def _warn(self):
+    def _warn(self, ended):
         """Says why training has ended above tol, and what to change."""
         silent = np.flatnonzero(self._search.jacobian().active_counts() == 0)
         last = [record["residual"] for record in self.history_[-6:]]
         floor = np.linalg.norm(self._unreachable) / _norm(self._y)
-        remedy = "it has stopped falling; lower shift or raise width, for more active neurons"
+        falling = len(self.history_) > 1 and last[-1] < 0.99 * last[0]
         if not np.isfinite(self.residual_) or last[-1] > 1.5 * min(last):
             remedy = 'the pure step diverges; set damping="auto", or use a larger width or a '
             remedy += "smaller shift"
@@ -3271,18 +3348,27 @@ class SublinearTrainer:
                 f"{silent.size} of {len(self._X)} points have no active neuron (the first is "
                 f"{silent[0]}), so their outputs cannot move; lower shift, or raise width"
             )
-        elif len(self.history_) > 1 and last[-1] < 0.99 * last[0]:
+        elif falling and ended == "after max_iter":
             remedy = (
                 "it was still falling; raise max_iter, or, for faster steps, lower shift or raise "
                 "width"
             )
+        elif self.n_features_in_ <= 2:
+            remedy = (
+                "it has stopped falling: as a function of so few columns the network is smooth, "
+                "and cannot follow targets that vary quickly; add columns to X, such as splines or "
+                "sines of these (scikit-learn's SplineTransformer), or raise tol"
+            )
+        else:
+            remedy = "it has stopped falling; lower shift or raise width, for more active neurons"
         warnings.warn(
             f"relative residual {self.residual_:.2e} after {self.n_iter_} steps is above "
             f"tol={self.tol:g}: {remedy}",
             _convergence_warning(_of_sklearn("ConvergenceWarning", ConvergenceWarning)),
-            stacklevel=3,
+            stacklevel=4,
         )
 
+    @quiet
     def predict(self, X):
         """Outputs (k,) of the trained network at X (k, d), in the units of y.
 
@@ -3293,14 +3379,30 @@ class SublinearTrainer:
         X = self._scales.unit_rows(_check_features(X, self))
         return self._scales.outputs(network.outputs(X))
 
-    def score(self, X, y):
-        """Coefficient of determination R^2 of predict(X) with respect to y."""
+    @quiet
+    def score(self, X, y, sample_weight=None):
+        """Coefficient of determination R^2 of predict(X) with respect to y, points weighted by
+        sample_weight (k,) if given.
+
+        Of constant y it is 1.0 if all predictions are right, else 0.0; of a single point nan, with
+        a warning.
+        """
         predicted = self.predict(X)
-        y = _check_vector("y", y, size=predicted.size)
-        spread = np.sum((y - y.mean()) ** 2)
-        if spread == 0:
-            raise ValueError("y must not be constant, since R^2 compares with its variance")
-        return float(1.0 - np.sum((y - predicted) ** 2) / spread)
+        y = _check_targets(y, predicted.size, warn=False)
+        if sample_weight is not None:
+            sample_weight = _check_vector("sample_weight", sample_weight, size=y.size)
+        if y.size < 2:
+            warning = _of_sklearn("UndefinedMetricWarning", UserWarning)
+            message = "R^2 is not defined for a single point; pass at least two"
+            warnings.warn(message, warning, stacklevel=3)
+            return float("nan")
+        unit = np.abs(y).max() or 1.0  # in which squares stay in range
+        mean = np.average(y / unit, weights=sample_weight)
+        spread = np.average((y / unit - mean) ** 2, weights=sample_weight)
+        error = np.average((y / unit - predicted / unit) ** 2, weights=sample_weight)
+        if spread == 0 or (y == y[0]).all():
+            return float(error == 0)
+        return float(1.0 - error / spread)
 
     def weights(self):
         """Hidden weights now (m, d) float64; d counts the coordinate that normalize="lift" appends.
@@ -3335,6 +3437,7 @@ class SublinearTrainer:
         self._trained_network()
         return [record["loss"] for record in self.history_]
 
+    @quiet
     def check(self):
         """Asserts that active sets and residual are those of the weights, and every invariant of
         the search.
@@ -3346,21 +3449,25 @@ class SublinearTrainer:
         active = self._active_sets()
         single = self.dtype == "float32" and self.search != "lazy"
         tolerance = 1e-4 if single else 1e-9
-        outputs = np.zeros(len(X))
+        outputs, sizes = np.zeros(len(X)), np.zeros(len(X))  # of sums, and of what they add up
         for first in range(0, len(W), BLOCK):
-            excess = W[first : first + BLOCK] @ X.T - shift
+            block = W[first : first + BLOCK]
+            excess = block @ X.T - shift
+            scales = 1.0 + abs(shift) + np.linalg.norm(block, axis=1, keepdims=True)
             found = np.zeros(excess.shape, bool)
             low, high = np.searchsorted(active.neurons, (first, first + BLOCK))
             offsets = active.offsets[low : high + 1]
             rows = np.repeat(active.neurons[low:high] - first, np.diff(offsets))
             found[rows, active.points[offsets[0] : offsets[-1]]] = True
-            doubtful = np.abs(excess) <= tolerance * (1.0 + np.abs(shift))
+            doubtful = np.abs(excess) <= tolerance * scales
             wrong = (found != (excess >= 0)) & ~doubtful
             assert not wrong.any(), "active sets are not those of the weights"
             outputs += signs[first : first + BLOCK] @ np.maximum(excess, 0.0)
+            sizes += ((excess >= 0) * scales).sum(axis=0)
         residual = _relative_residual(outputs / np.sqrt(len(W)), self._y)
+        size = np.linalg.norm(sizes / np.sqrt(len(W))) / _norm(self._y)
         error = abs(residual - self.residual_)
-        tolerance *= 10 * max(1.0, residual)
+        tolerance *= 10 * (1.0 + residual) + 1e-3 * size
         assert error <= tolerance, "the residual is not that of the weights"
         if self._search is not None:
             self._search.check()
@@ -3384,6 +3491,13 @@ class SublinearTrainer:
         if it is damaged or foreign."""
         return _load(cls, path)
 
+    def __getstate__(self):
+        """What pickle and copy take: what `save` writes, and the callback. The network predicts the
+        same to the bit; a search is made again where training goes on."""
+        if not hasattr(self, "history_"):
+            return vars(self)
+        return {**vars(self), "_network": self._trained_network(), "_search": None}
+
     def get_params(self, deep=True):
         """Constructor arguments by name."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
@@ -3402,6 +3516,24 @@ class SublinearTrainer:
         params = self.get_params().items()
         changed = [f"{name}={value!r}" for name, value in params if value != defaults[name].default]
         return f"SublinearTrainer({', '.join(changed)})"
+
+    _estimator_type = "regressor"  # what scikit-learn asks before version 1.6
+
+    def set_score_request(self, *, sample_weight):
+        """Says whether scikit-learn is to pass sample_weight on to `score`: True, False, None for
+        an error if it is given, or the name it goes by. Returns self."""
+        from sklearn.utils.metadata_routing import MetadataRequest
+
+        request = MetadataRequest(owner=type(self).__name__)
+        request.score.add_request(param="sample_weight", alias=sample_weight)
+        self._metadata_request = request
+        return self
+
+    def get_metadata_routing(self):
+        """What scikit-learn asks where metadata are routed."""
+        if not hasattr(self, "_metadata_request"):
+            self.set_score_request(sample_weight=None)
+        return self._metadata_request
 
     def __sklearn_tags__(self):
         """What scikit-learn asks of its estimators; called by it only."""
@@ -3458,11 +3590,16 @@ WIDEST = 1 << 40  # drawing so many takes days
 
 
 def _norm(y):
-    return np.linalg.norm(y) or 1.0
+    """Euclidean length of y, or 1 if it is zero. Scaled by a power of two, which changes no bit, so
+    that squares stay in range."""
+    with np.errstate(under="ignore"):
+        _, exponent = np.frexp(np.abs(y).max())
+        return np.ldexp(np.linalg.norm(np.ldexp(y, -exponent)), exponent) or 1.0
 
 
 def _relative_residual(outputs, y):
-    return float(np.linalg.norm(outputs - y) / _norm(y))
+    error = outputs - y
+    return float(_norm(error) / _norm(y)) if error.any() else 0.0
 
 
 @cache
@@ -3483,16 +3620,16 @@ def _check_real(name, value, low=-np.inf, below=np.inf):
     ):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
-        finite = False
+        finite, got = math.isfinite(value), repr(value)
+    except OverflowError:
+        finite, got = False, "an integer beyond all floats"
     if not finite or not low <= value < below:
         allowed = (
             "finite"
             if np.isinf(low) and np.isinf(below)
             else f"a finite number in [{low:g}, {below:g})"
         )
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {got}")
     return float(value)
 
 
@@ -3524,21 +3661,33 @@ def _check_choice(name, value, known):
     return value
 
 
-def _check_numbers(name, value, dimensions):
-    """A finite, real array of that many dimensions, none of them empty."""
+def _as_array(name, value):
+    """An array of real numbers, of any shape, finite or not, nothing masked or missing."""
     if scipy.sparse.issparse(value):
         raise TypeError(f"{name} is a sparse matrix, which is not supported; pass {name}.toarray()")
     if value is None:
         raise TypeError(f"{name} must be an array of numbers, got None")
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if any(np.ma.is_masked(part) for part in parts):
+        raise ValueError(
+            f"{name} has masked entries, which are missing values; remove their rows, or impute "
+            f"them, for example by {name}.filled(...)"
+        )
     try:
         array = np.asarray(value)
     except ValueError:
         raise ValueError(f"{name} must be an array, but its rows have different lengths") from None
     if array.dtype.kind == "c":
         raise ValueError(f"Complex data not supported: {name} must be real; pass its real part")
+    if array.dtype.kind == "O" and array.ndim == 0:
+        remedy = f"; pass {name}.collect()" if hasattr(value, "collect") else ""
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be an array of numbers, got an object {kind}{remedy}")
     if array.dtype.kind == "O":
+        # Pandas' NA is no number, not even a missing one.
+        entries = (np.nan if type(entry).__name__ == "NAType" else entry for entry in array.flat)
         try:
-            array = array.astype(float)
+            array = np.fromiter(entries, object, array.size).reshape(array.shape).astype(float)
         except OverflowError:
             raise ValueError(
                 f"{name} must be finite, but has an integer beyond all floats; scale it down"
@@ -3553,10 +3702,16 @@ def _check_numbers(name, value, dimensions):
             f"{name} must be an array of numbers, got dtype {array.dtype}; "
             "encode it as numbers (astype(float))"
         )
+    return array
+
+
+def _check_numbers(name, value, dimensions):
+    """A finite, real array of that many dimensions, none of them empty."""
+    array = _as_array(name, value)
     if array.ndim != dimensions:
         remedy = ""
         if dimensions == 1 and array.size == len(np.atleast_1d(array)):
-            remedy = f"; pass {name}.ravel()"
+            remedy = f"; pass np.ravel({name})"
         elif dimensions == 2 and array.ndim == 1:
             remedy = f". Reshape your data: pass {name}[:, None] for one column, "
             remedy += f"{name}[None] for one row"
@@ -3573,7 +3728,7 @@ def _check_numbers(name, value, dimensions):
         where = tuple(int(k) for k in np.argwhere(~np.isfinite(array))[0])
         what = "NaN" if np.isnan(array[where]) else f"{array[where]}"
         raise ValueError(
-            f"{name} must be finite, but {name}{list(where)} is {what}; "
+            f"{name} must be finite, but contains {what} at {name}{list(where)}; "
             "remove or impute such entries"
         )
     return array
@@ -3595,19 +3750,21 @@ def _check_vector(name, value, size=None, reason="one for each row of X"):
     return array.astype(float)
 
 
-def _check_targets(value, size):
+def _check_targets(value, size, warn=True):
     """A vector; a single column counts as one, with a warning."""
     if value is None:
         raise ValueError("fit requires y to be passed, but the target y is None")
-    if getattr(value, "ndim", 1) == 2 and np.shape(value)[1] == 1:
-        warnings.warn(
-            "A column-vector y was passed when a 1d array was expected, got shape "
-            f"{np.shape(value)}; pass y.ravel()",
-            _of_sklearn("DataConversionWarning", UserWarning),
-            stacklevel=3,
-        )
-        value = np.ravel(value)
-    return _check_vector("y", value, size=size)
+    y = _as_array("y", value)
+    if y.ndim == 2 and y.shape[1] == 1:
+        if warn:
+            warnings.warn(
+                "A column-vector y was passed when a 1d array was expected, got shape "
+                f"{y.shape}; pass np.ravel(y)",
+                _of_sklearn("DataConversionWarning", UserWarning),
+                stacklevel=4,
+            )
+        y = y.ravel()
+    return _check_vector("y", y, size=size)
 
 
 def _feature_names(X):
@@ -3620,6 +3777,7 @@ def _feature_names(X):
 
 def _check_features(X, fitted):
     """X (k, n_features_in_) with the columns that the `fitted` trainer has seen, in their order."""
+    array = _check_matrix("X", X)
     names, expected = _feature_names(X), getattr(fitted, "feature_names_in_", None)
     if names is not None and expected is not None and list(names) != list(expected):
         differing = {
@@ -3645,15 +3803,14 @@ def _check_features(X, fitted):
                 f"X {has} feature names, but SublinearTrainer was fitted {fitted_with} feature "
                 "names",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-    X = _check_matrix("X", X)
-    if X.shape[1] != fitted.n_features_in_:
+    if array.shape[1] != fitted.n_features_in_:
         raise ValueError(
-            f"X has {X.shape[1]} features, but SublinearTrainer is expecting "
+            f"X has {array.shape[1]} features, but SublinearTrainer is expecting "
             f"{fitted.n_features_in_} features as input; pass the columns that fit saw"
         )
-    return X
+    return array
 
 
 def _of_sklearn(name, otherwise):
@@ -3704,10 +3861,10 @@ def _check_unit_rows(X):
     return X
 
 
-def _check_row_lengths(X):
-    """Lengths (n, 1) of the rows of centred X, none of them zero."""
+def _check_row_lengths(X, rounding):
+    """Lengths (n, 1) of the rows of centred X, none of them zero up to rounding."""
     lengths = np.linalg.norm(X, axis=1, keepdims=True)
-    if not lengths.all():
+    if lengths.min() <= rounding:
         raise ValueError(
             f"row {np.argmin(lengths)} of X is zero once columns are centred, and has no "
             'direction; use normalize="lift", which gives it one'
@@ -3742,13 +3899,13 @@ def _check_indices(name, value, size):
 
 def _check_threshold(tau):
     """A number, possibly infinite."""
-    if (
-        isinstance(tau, (bool, np.bool_))
-        or not isinstance(tau, (int, float, np.integer, np.floating))
-        or tau != tau
-    ):
-        raise ValueError(f"tau must be a number, possibly infinite, got {tau!r}")
-    return float(tau)
+    if isinstance(tau, (float, np.floating)) and np.isinf(tau):
+        return float(tau)
+    try:
+        return _check_real("tau", tau)
+    except (TypeError, ValueError) as error:
+        got = str(error).rpartition("got ")[2]
+        raise ValueError(f"tau must be a number, possibly infinite, got {got}") from None
 
 
 def _check_csr(indptr, indices, n, m):
@@ -3953,3 +4110,63 @@ def _one_blas_thread():
         except BaseException:  # an interrupt: once more
             _release_blas(user)
             raise
+
+
+# ==================================================================================================
+# Where this runs: versions, and a place for machine code
+# ==================================================================================================
+
+for _module, _least in ((np, "1.26"), (scipy, "1.11"), (numba, "0.59")):
+    _numbers = ([int(k) for k in v.split(".")[:2]] for v in (_module.__version__, _least))
+    if next(_numbers) < next(_numbers):
+        raise ImportError(
+            f"sublin needs {_module.__name__} {_least} or newer, but {_module.__version__} is "
+            f"installed: pip install --upgrade {_module.__name__}"
+        )
+
+# What files that are damaged, and places that cannot be used, raise.
+UNUSABLE = (OSError, EOFError, UnpicklingError, ValueError, TypeError, AttributeError, LookupError)
+
+
+@cache
+def _warn_of_compiling(reason):
+    warnings.warn(
+        f"machine code cannot be kept on disk ({reason}), so that every process compiles anew, for "
+        "some seconds; set NUMBA_CACHE_DIR in the environment to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+class _MachineCode(FunctionCache):
+    """A function's machine code on disk, as Numba keeps it; but what cannot be read is compiled
+    again, and what cannot be written is not kept."""
+
+    def load_overload(self, *signature):
+        try:
+            return super().load_overload(*signature)
+        except TimeoutError:  # an alarm of the caller
+            raise
+        except UNUSABLE:
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, *compiled):
+        try:
+            super().save_overload(*compiled)
+        except TimeoutError:
+            raise
+        except UNUSABLE as error:
+            _warn_of_compiling(getattr(error, "strerror", None) or repr(error))
+
+
+for _kernel in list(globals().values()):
+    if isinstance(_kernel, Dispatcher) and "nogil" in _kernel.targetoptions:
+        try:
+            _kernel._cache = _MachineCode(_kernel.py_func)
+        except (
+            RuntimeError
+        ):  # from a zipped application, from exec, or where nothing can be written
+            _warn_of_compiling("there is no folder for it")
+            break
