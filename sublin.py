@@ -1135,8 +1135,8 @@ def _conjugate_gradients(system, residual, tolerance, limit, inverse=None):
         iterations += 1
 
     preconditioner = inverse and LinearOperator(system.shape, matvec=inverse, dtype=float)
-    options = {RTOL: tolerance, "maxiter": limit, "M": preconditioner, "callback": count}
-    step, failed = cg(system, residual, **options)
+    options = {RTOL: tolerance, "atol": 0.0, "maxiter": limit, "M": preconditioner}
+    step, failed = cg(system, residual, **options, callback=count)
     # What conjugate gradients think the residual is drifts away from the true one.
     error, size = np.linalg.norm(system @ step - residual), np.linalg.norm(residual)
     if failed or error > max(2.0 * tolerance, 1e-10) * size:
@@ -3045,7 +3045,8 @@ class SublinearTrainer:
     dtype : precision of the products that "dense", "scan" and "tree" compute or keep. "float32"
         halves their memory and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always
         keeps its few pairs in float64.
-    tol : float, relative residual ||f - y|| / ||y|| at which training stops. A wide network fits
+    tol : float, relative residual ||f - y|| / ||y|| at which training stops; one below the floor
+        of rounding, 0 among them, is met there. A wide network fits
         noise too: for noisy targets stop early, with a larger tol, or use more damping.
     max_iter : int, largest number of steps; 0 leaves the starting network.
     random_state : None, int, numpy RandomState or Generator. The starting weights depend on it, on
@@ -3140,6 +3141,7 @@ class SublinearTrainer:
             else:
                 self._begin(X, y, shift, names, progress)
                 stopped = self._tell(progress)
+            first, start = len(self.history_), self.residual_
             ended = "by the callback" if stopped else self._train(progress)
         except SystemError as error:  # what an exception in a compiled kernel may show as
             while isinstance(error, SystemError) and error.__cause__ is not None:
@@ -3149,7 +3151,7 @@ class SublinearTrainer:
             self._roll_back()
             progress.close()
         if not self.converged_ and ended != "by the callback" and self.max_iter > 0:
-            self._warn(ended)
+            self._warn(ended, [start, *(record["residual"] for record in self.history_[first:])])
         return self
 
     def _begin(self, X, y, shift, names, progress):
@@ -3331,12 +3333,12 @@ class SublinearTrainer:
         answer = self.callback(self.history_[-1]) if self.callback else None
         return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
-    def _warn(self, ended):
-        """Says why training has ended above tol, and what to change."""
+    def _warn(self, ended, residuals):
+        """Says why training has ended above tol, and what to change; `residuals` are those at the
+        beginning of the fit and after each of its steps."""
         silent = np.flatnonzero(self._search.jacobian().active_counts() == 0)
-        last = [record["residual"] for record in self.history_[-6:]]
+        last = residuals[-6:]
         floor = np.linalg.norm(self._unreachable) / _norm(self._y)
-        falling = len(self.history_) > 1 and last[-1] < 0.99 * last[0]
         if not np.isfinite(self.residual_) or last[-1] > 1.5 * min(last):
             remedy = 'the pure step diverges; set damping="auto", or use a larger width or a '
             remedy += "smaller shift"
@@ -3348,7 +3350,7 @@ class SublinearTrainer:
                 f"{silent.size} of {len(self._X)} points have no active neuron (the first is "
                 f"{silent[0]}), so their outputs cannot move; lower shift, or raise width"
             )
-        elif falling and ended == "after max_iter":
+        elif ended == "after max_iter" and last[-1] < 0.99 * last[0]:
             remedy = (
                 "it was still falling; raise max_iter, or, for faster steps, lower shift or raise "
                 "width"
@@ -3423,6 +3425,7 @@ class SublinearTrainer:
         network = self._trained_network()
         return network.active_sets(self._X) if self._search is None else self._search.active_sets()
 
+    @quiet
     def _trained_network(self):
         """The network as the last whole step has left it."""
         if not hasattr(self, "history_"):
@@ -3880,7 +3883,7 @@ def _check_index(name, value, size):
 
 
 def _check_indices(name, value, size):
-    indices = np.asarray(value)
+    indices = _as_array(name, value)
     if indices.ndim != 1 or indices.size == 0 or indices.dtype.kind not in "iu":
         raise TypeError(
             f"{name} must be a non-empty vector of integers, got dtype {indices.dtype}, shape "
@@ -3909,7 +3912,7 @@ def _check_threshold(tau):
 
 
 def _check_csr(indptr, indices, n, m):
-    indptr, indices = np.asarray(indptr), np.asarray(indices)
+    indptr, indices = _as_array("indptr", indptr), _as_array("indices", indices)
     for name, array in (("indptr", indptr), ("indices", indices)):
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise TypeError(
