@@ -60,6 +60,8 @@ Further references
     [CW13]   K. Clarkson, D. Woodruff, "Low Rank Approximation and Regression in Input Sparsity
              Time", STOC 2013.
     [NN13]   J. Nelson, H. Nguyen, "OSNAP: Faster Numerical Linear Algebra Algorithms", FOCS 2013.
+    [SMDS11] J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3",
+             SC 2011.
     [SYZ21]  Z. Song, S. Yang, R. Zhang, "Does Preprocessing Help Training Over-parameterized
              Neural Networks?", 2021.
     [Tro11]  J. Tropp, "Improved Analysis of the Subsampled Randomized Hadamard Transform", 2011.
@@ -69,6 +71,7 @@ Further references
              Over-Parameterized Neural Networks", NeurIPS 2019.
 """
 
+import copy
 import inspect
 import json
 import math
@@ -83,7 +86,6 @@ from collections import deque
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, cached_property, partial, wraps
 from itertools import pairwise
-from pickle import UnpicklingError
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -127,7 +129,7 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 CHUNKS = 64
 
 
-def quiet(public):
+def _quiet(public):
     """For what users call: the caller's np.seterr, of which underflow may be an error, has no say
     in what is computed."""
 
@@ -184,7 +186,7 @@ def default_shift(width, alpha=0.04):
     return math.sqrt(0.5 * (1.0 - alpha) * math.log(width))
 
 
-@quiet
+@_quiet
 def separability(X):
     """Separability of the rows of X (n, d): the least of |x_i - x_j| and |x_i + x_j| over i != j
     (Definition 2.11).
@@ -200,7 +202,7 @@ def separability(X):
     return float(least)
 
 
-@quiet
+@_quiet
 def shifted_ntk(X, shift):
     """Shifted neural tangent kernel H (n, n) of Definition 2.10, the limit of G as m grows.
 
@@ -234,7 +236,7 @@ def smallest_ntk_eigenvalue(X, shift):
     return float(scipy.linalg.eigh(H, eigvals_only=True, subset_by_index=[0, 0])[0])
 
 
-@quiet
+@_quiet
 def ntk_eigenvalue_bounds(X, shift):
     """The interval (low, high) that Theorem 2.13 gives for lambda: exp(-b^2 / 2) delta / (100 n^2)
     and exp(-b^2 / 2), delta being the separability of the rows of X.
@@ -266,6 +268,127 @@ def _regression_tolerance(X, shift):
 
 
 # ==================================================================================================
+# Random numbers, each of which can be made again from its name
+# ==================================================================================================
+#
+# A stream of numbers is named by a seed, a block and a stream of the block. Philox [SMDS11] turns
+# that name and a counter into four words of 32 bits, without any state, so that threads and
+# machines can make any part of any stream, in any order, to the same bits.
+
+LANES = 64  # counters that are turned into words side by side, in vector registers
+
+# Streams of a block; the words of stream + TAILS extend those of a stream where 32 bits end.
+VECTORS, SIGNS, PROPOSALS, LIVE_VECTORS, AGAIN, DEAD_VECTORS, TAILS = 0, 1, 2, 3, 4, 5, 128
+
+# No normal number from here is larger in size: sqrt(-2 ln 2^-65).
+LARGEST_NORMAL = 9.5
+
+
+@njit(nogil=True)
+def _words(seed, block, stream, first, words):
+    """Philox4x32-10 of the counters first, ..., first + LANES - 1: words (4, LANES) uint32."""
+    low, high = np.uint32(0xFFFFFFFF), np.uint64(32)
+    for lane in range(LANES):
+        counter = np.uint64(first) + np.uint64(lane)
+        a, b = np.uint32(counter), np.uint32(stream) | np.uint32(counter >> high) << np.uint32(8)
+        c, d = np.uint32(block), np.uint32(block >> high)
+        key, other_key = np.uint32(seed), np.uint32(seed >> high)
+        for _ in range(10):
+            one, other = np.uint64(a) * np.uint64(0xD2511F53), np.uint64(c) * np.uint64(0xCD9E8D57)
+            a, b = np.uint32(other >> high) ^ np.uint32(b) ^ key, np.uint32(other) & low
+            c, d = np.uint32(one >> high) ^ np.uint32(d) ^ other_key, np.uint32(one) & low
+            key, other_key = np.uint32(key + 0x9E3779B9), np.uint32(other_key + 0xBB67AE85)
+        words[0, lane], words[1, lane], words[2, lane], words[3, lane] = a, b, c, d
+
+
+@njit(inline="always")
+def _minus_2_log(u):
+    """-2 ln u for a positive float32 u < 1, to a few rounding errors: u is 2^k times a number f
+    near 1, and ln f = 2 artanh((f - 1) / (f + 1)) a short series."""
+    one, bits = np.float32(1), np.float32(u).view(np.uint32)
+    k = np.float32(np.int32(bits >> np.uint32(23)) - np.int32(127))
+    f = np.uint32((bits & np.uint32(0x7FFFFF)) | np.uint32(0x3F800000)).view(np.float32)
+    above = f > np.float32(1.4142135)
+    f *= np.float32(0.5) if above else one
+    k += one if above else np.float32(0)
+    z = (f - one) / (f + one)
+    zz = z * z
+    series = np.float32(1 / 5) + zz * (np.float32(1 / 7) + zz * np.float32(1 / 9))
+    series = one + zz * (np.float32(1 / 3) + zz * series)
+    return np.float32(-2) * (np.float32(2) * z * series + k * np.float32(0.6931471805599453))
+
+
+@njit(nogil=True, error_model="numpy")
+def _uniform_radii(words, uniform):
+    """Numbers in (0, 1) of 40 bits, 8 of them from the lowest of the other word; returns how many
+    of the first 32 bits are all 0."""
+    radii, turns = words
+    half, zeros = np.float32(0.5), np.uint32(0)
+    for lane in range(LANES):
+        low = (np.float32(np.int32(turns[lane] & np.uint32(255))) + half) * np.float32(1 / 256)
+        uniform[lane] = (np.float32(radii[lane]) + low) * np.float32(0.99999994 / 2**32)
+        zeros += np.uint32(1) if radii[lane] == 0 else np.uint32(0)
+    return zeros
+
+
+@njit(nogil=True, error_model="numpy")
+def _box_muller(uniform, turns, cosines, sines):
+    """Two normal numbers for each lane: a radius sqrt(-2 ln u), u being uniform, times the cosine
+    and the sine of an angle, of which `turns` has 24 bits: the quadrant, and the place in it."""
+    one, half = np.float32(1), np.float32(0.5)
+    for lane in range(LANES):
+        radius, angle = np.sqrt(_minus_2_log(uniform[lane])), np.uint32(turns[lane] >> np.uint32(8))
+        quadrant = np.uint32(angle >> np.uint32(22))
+        x = np.float32(np.int32(angle & np.uint32(0x3FFFFF))) + half
+        x = (x * np.float32(1 / 2**22) - half) * np.float32(np.pi / 2)  # from -pi / 4 to pi / 4
+        xx = x * x
+        sine = np.float32(1 / 120) - xx * np.float32(1 / 5040)
+        sine = x * (one + xx * (np.float32(-1 / 6) + xx * sine))
+        cosine = np.float32(1 / 24) + xx * (np.float32(-1 / 720) + xx * np.float32(1 / 40320))
+        cosine = one + xx * (np.float32(-1 / 2) + xx * cosine)
+        odd = (quadrant & np.uint32(1)) == np.uint32(1)
+        across, up = sine if odd else cosine, cosine if odd else sine
+        turned = one - np.float32(np.int32((quadrant + np.uint32(1)) & np.uint32(2)))
+        raised = one - np.float32(np.int32(quadrant & np.uint32(2)))
+        cosines[lane] = radius * (np.float32(across) * turned)
+        sines[lane] = radius * (np.float32(up) * raised)
+
+
+@njit(nogil=True)
+def _normals(seed, block, stream, first, out):
+    """Fills out, float32, with standard normal numbers of a stream, from number 4 `first` on;
+    `first` is a multiple of LANES."""
+    words, more = np.empty((4, LANES), np.uint32), np.empty((4, LANES), np.uint32)
+    uniform, last = np.empty(LANES, np.float32), np.empty(4 * LANES, np.float32)
+    for low in range(0, out.size, 4 * LANES):
+        whole = low + 4 * LANES <= out.size
+        some = out[low : low + 4 * LANES] if whole else last
+        _words(seed, block, stream, first + low // 4, words)
+        for half in range(0, 4, 2):
+            if _uniform_radii(words[half : half + 2], uniform):
+                # Once in 2^26 times. Without it no number would be larger than 7.5.
+                _words(seed, block, stream + TAILS, first + low // 4, more)
+                for lane in np.flatnonzero(words[half] == 0):
+                    uniform[lane] = (np.float32(more[half, lane]) + 0.5) / 2.0**64
+            numbers = some[half * LANES : (half + 2) * LANES]
+            _box_muller(uniform, words[half + 1], numbers[:LANES], numbers[LANES:])
+        if not whole:
+            out[low:] = last[: out.size - low]
+
+
+@njit(nogil=True)
+def _uniforms(seed, block, stream, out):
+    """Fills out, float64, with the first uniform numbers of a stream, which are in (0, 1)."""
+    words = np.empty((4, LANES), np.uint32)
+    for low in range(0, out.size, 2 * LANES):
+        _words(seed, block, stream, low // 2, words)
+        for e in range(min(2 * LANES, out.size - low)):
+            half, lane = 2 * (e // LANES), e % LANES
+            bits = np.uint64(words[half, lane]) << np.uint64(32) | np.uint64(words[half + 1, lane])
+            out[low + e] = (np.float64(bits >> np.uint64(12)) + 0.5) / 2.0**52
+
+
+# ==================================================================================================
 # Starting weights
 # ==================================================================================================
 
@@ -273,65 +396,308 @@ def _regression_tolerance(X, shift):
 BLOCK = 1 << 14
 
 
+def _float32_rounding(d):
+    """No product of a starting vector with a point, in float32, is further than this from what it
+    is in float64."""
+    return (d + 4) * np.finfo(np.float32).eps * LARGEST_NORMAL * np.sqrt(d)
+
+
 class _Start(NamedTuple):
     """The weights before training, which are drawn again whenever they are asked for.
 
-    A generator is keyed by seed and block and keeps no other state, so any block can be made
-    again, alone, on any thread. With init="antisymmetric" the neurons 2 k and 2 k + 1 share a
-    vector and have signs +1 and -1, so that f = 0 at the start.
+    With init="antisymmetric" the neurons 2 k and 2 k + 1 share a vector and have signs +1 and -1,
+    so that f = 0 at the start. With a `law`, live pairs of them are drawn first, as _LiveBlocks
+    has it, and the others where somebody asks for them.
     """
 
     seed: int
     width: int
     d: int
     init: str
+    law: "_Law | None" = None
     stored: tuple | None = None  # (vectors, signs) of all neurons, where a file holds them
-    lost: bool = False  # whether NumPy's generator has changed since the network was saved
 
-    def block(self, number):
-        """Vectors (float32) and signs (int8) of the neurons from number * BLOCK on; one vector for
-        two neurons if init is "antisymmetric"."""
+    @property
+    def copies(self):
+        """How many neurons share a vector."""
+        return 2 if self.init == "antisymmetric" else 1
+
+    def signs(self, number):
+        """Signs (int8) of the neurons from number * BLOCK on."""
         first, count = number * BLOCK, min(BLOCK, self.width - number * BLOCK)
         if self.stored is not None:
-            return tuple(array[first : first + count] for array in self.stored)
-        if self.lost:
-            raise ValueError(
-                "the weights of neurons that never fired cannot be drawn again: NumPy's generator "
-                "has changed since this network was saved; predict does not need them, but "
-                "weights, signs_ and fit with other points do"
-            )
+            return self.stored[1][first : first + count]
         if self.init == "antisymmetric":
-            signs = np.tile(np.array([1, -1], np.int8), count // 2)
-            count //= 2
+            return np.tile(np.array([1, -1], np.int8), count // 2)
+        uniform = np.empty(count)
+        _uniforms(np.uint64(self.seed), np.uint64(number), SIGNS, uniform)
+        return np.where(uniform < 0.5, np.int8(-1), np.int8(1))
+
+    def block(self, number, live):
+        """Vectors (float32) and signs of the neurons from number * BLOCK on. Under a law, those
+        of the neurons `live`, all that it knows, are zeros."""
+        first, signs = number * BLOCK, self.signs(number)
+        if self.stored is not None:
+            return self.stored[0][first : first + signs.size], signs
+        name, count = (np.uint64(self.seed), np.uint64(number)), signs.size // self.copies
+        vectors = np.zeros((count, self.d), np.float32)
+        if self.law is None:
+            _normals(*name, VECTORS, 0, vectors.ravel())
+            return vectors, signs
+        low, high = np.searchsorted(live, (first, first + signs.size))
+        left = np.ones(count, bool)
+        left[(live[low:high] - first) // 2] = False
+        attempt, again = 0, np.empty_like(vectors)
+        while left.any():  # normal numbers until they fire nowhere
+            _normals(*name, DEAD_VECTORS, attempt << 36, again.ravel())
+            places = np.flatnonzero(left)
+            vectors[places] = again[places]
+            left[places] = self.law.fires(vectors[places])
+            attempt += 1
+        return vectors, signs
+
+    def blocks(self, work, live, report=lambda share: None):
+        """Yields work(first neuron, vectors, signs) block by block, for all neurons."""
+        size = BLOCK * self.d
+
+        def of_block(number):
+            return work(number * BLOCK, *self.block(number, live))
+
+        yield from _in_groups(of_block, -(-self.width // BLOCK), size, report)
+
+    def shown(self):
+        """These weights once somebody has seen those of dead neurons, which later fits with other
+        points may then wake, but not draw anew."""
+        return self if self.law is None else self._replace(law=self.law._replace(bound=True))
+
+
+def _in_groups(of_block, count, size, report):
+    """Yields of_block(k) for k < count, made by threads in groups; `size` is how many numbers a
+    block has, and `report` is told the share that is done.
+
+    BLAS is held to one thread, so that blocks share the cores evenly and bits do not vary.
+    """
+    at_once = 8 * numba.get_num_threads()
+    for begin in range(0, count, at_once):
+        numbers = range(begin, min(begin + at_once, count))
+        with _one_blas_thread():
+            done = _map_in_threads(of_block, numbers, len(numbers) * size)
+        for number, block in zip(numbers, done, strict=True):
+            yield block
+            report((number + 1) / count)
+
+
+# --------------------------------------------------------------------------------------------------
+# Live pairs only
+# --------------------------------------------------------------------------------------------------
+#
+# With antisymmetric pairs only vectors that fire on some training point matter: the others cancel,
+# and never move. Each of the m / 2 pairs is live independently of the others, its vector then
+# having the law of N(0, I) given max_i <w, x_i> >= b. It is drawn without the others:
+#
+#     a pair gets a *proposal* with probability rate = n phi(b) / b, a little above n P(Z >= b);
+#     the gaps between those that do are geometric;
+#     a proposal is a uniform point x_i and z = sqrt(b^2 + 2 E), E exponential, which is refused
+#     with probability 1 - b / z: a normal number beyond b (Marsaglia's tail);
+#     its vector is w = g + (z - <g, x_i>) x_i, g ~ N(0, I), whose product with x_i is z;
+#     it is the pair's vector, and the pair is live, if x_i is the *first* point that w fires on.
+#
+# Every live vector can come from each of the points that it fires on, with its own density; the
+# last line lets one of them count. So n proposals of probability P(Z >= b) each add up to the
+# probability that max_i <w, x_i> >= b, and to the law. O(rate m n d), nothing of size m.
+#
+# In float32 the products of w are off by rounding. So z begins a little below b, and whether w
+# fires is decided by its products in float64, after rounding.
+#
+# Points that a later fit adds are treated alike, given what is known: pairs not known to be live
+# fire on no point seen before. Proposals are made for the points seen and the new ones, in this
+# order. A pair whose first point is new is newly live; of one whose first point is not new, the
+# proposal contradicts what is known, and normal numbers are drawn until they do not.
+
+# Live pairs are drawn in blocks of about so many proposals.
+PROPOSED = 1 << 13
+
+NOBODY = np.zeros(0, np.int64)
+
+# Where the rate is higher all pairs are drawn: proposals take as long as they, and more.
+HIGHEST_RATE = 0.75
+
+
+class _Law(NamedTuple):
+    """The points on which starting vectors were tested, in the order of the fits that brought them,
+    and the threshold."""
+
+    stages: tuple  # of (n_s, d) arrays
+    shift: float
+    bound: bool = (
+        False  # whether dead neurons have been seen, so that points are not added any more
+    )
+
+    @property
+    def points(self):
+        return np.concatenate(self.stages)
+
+    def fires(self, vectors):
+        """Which of the vectors (k, d) float32 fire on some point (k,)."""
+        X = self.points
+        products = vectors @ X.T.astype(np.float32)
+        limits, rounding = np.full(len(vectors), len(X)), _float32_rounding(X.shape[1])
+        return _first_firing(products, vectors, limits, X, self.shift, rounding) < limits
+
+    def with_points(self, X):
+        """This law after a fit on points X, of which those not seen before are added."""
+        seen = {row.tobytes() for row in self.points}
+        new = np.array([row.tobytes() not in seen for row in X])
+        return self._replace(stages=(*self.stages, X[new])) if new.any() else self
+
+
+@njit(nogil=True, fastmath=FAST)
+def _first_firing(products, vectors, limits, X, shift, rounding):
+    """For each vector the first of the points 0, ..., limits[k] - 1 on which it fires, or limits[k]
+    if there is none. Its float32 products may be off by `rounding`; it is decided in float64."""
+    first = limits.copy()
+    least, one, zero = np.float32(shift - rounding), np.float32(1), np.float32(0)
+    w = np.empty(X.shape[1])
+    for k in range(len(products)):
+        row, doubtful = products[k, : limits[k]], zero
+        for i in range(row.size):
+            doubtful += one if row[i] >= least else zero
+        if doubtful == zero:
+            continue
+        w[:] = vectors[k]
+        for i in range(row.size):
+            if row[i] >= least and (row[i] >= shift + rounding or _dot(w, X[i]) >= shift):
+                first[k] = i
+                break
+    return first
+
+
+@njit(nogil=True, error_model="numpy")
+def _proposals(seed, block, pairs, rate, tail, n, room):
+    """Proposals for the pairs 0, ..., pairs - 1 of a block, of probability `rate` each: (pairs,
+    points, products with them), the products being normal numbers beyond `tail`. None if there are
+    more than `room`."""
+    found, points, lengths = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room)
+    uniform = np.empty((room, 4))
+    _uniforms(seed, block, PROPOSALS, uniform.ravel())
+    pair, k, scale = -1.0, 0, 1.0 / np.log1p(-rate)
+    for p in range(room):
+        pair += 1.0 + np.floor(np.log(uniform[p, 0]) * scale)
+        if pair >= pairs:
+            return found[:k], points[:k], lengths[:k]
+        length = np.sqrt(tail * tail - 2.0 * np.log(uniform[p, 2]))
+        if uniform[p, 3] * length <= tail:
+            found[k], points[k], lengths[k] = np.int64(pair), np.int64(uniform[p, 1] * n), length
+            k += 1
+    return None
+
+
+@njit(nogil=True)
+def _bend(vectors, points, lengths, directions):
+    """Gives vector k the product lengths[k] with the unit vector directions[points[k]]. Sums are in
+    a fixed order, whatever the machine."""
+    d = vectors.shape[1]
+    sums = np.empty(8, np.float32)
+    for k in range(len(vectors)):
+        w, x = vectors[k], directions[points[k]]
+        sums[:] = 0
+        for z in range(0, d - d % 8, 8):
+            for y in range(8):
+                sums[y] += w[z + y] * x[z + y]
+        product = np.float32(0)
+        for z in range(d - d % 8, d):
+            product += w[z] * x[z]
+        for y in range(8):
+            product += sums[y]
+        lack = np.float32(lengths[k] - product)
+        for z in range(d):
+            w[z] += lack * x[z]
+
+
+class _LiveBlocks:
+    """The live pairs of a law that are not known yet, block by block: those of its last stage."""
+
+    def __init__(self, start, known):
+        law = start.law
+        self._start, self._known = start, known[::2] // 2
+        self._X, self._shift = law.points, law.shift
+        self._old = sum(map(len, law.stages[:-1]))  # points that the known pairs were tested on
+        lengths = np.linalg.norm(self._X, axis=1)
+        self._directions = (self._X / lengths[:, None]).astype(np.float32)
+        self._rounding = _float32_rounding(start.d)
+        self._tail = (law.shift - 2.0 * self._rounding) / lengths.max()
+        self._rate = proposal_rate(len(self._X), self._tail)
+        most = start.width // 2
+        self._pairs = max(BLOCK // 2, int(min(PROPOSED / max(self._rate, 1e-300), most)))
+        self.count = -(-start.width // (2 * self._pairs))
+
+    @classmethod
+    def pay(cls, law):
+        """Whether they take less time than all pairs."""
+        return (
+            cls(_Start(0, 2, law.points.shape[1], "antisymmetric", law), NOBODY)._rate
+            <= HIGHEST_RATE
+        )
+
+    def block(self, number):
+        """Pairs (k,), ascending, their vectors (k, d), and the products of these with all points
+        (k, n) in float32."""
+        first = number * self._pairs
+        size = min(self._pairs, self._start.width // 2 - first)
+        stage = len(self._start.law.stages) - 1
+        name = np.uint64(self._start.seed), np.uint64(number | stage << 56)
+        low, high = np.searchsorted(self._known, (first, first + size))
+        known = self._known[low:high] - first
+        X32, old = self._X.astype(np.float32), self._old
+        if self._rate > HIGHEST_RATE:  # in a later stage only: all that are not known, drawn again
+            pairs, vectors = np.zeros(0, np.int64), np.zeros((0, self._start.d), np.float32)
+            again = np.setdiff1d(np.arange(size), known)
+            products = vectors @ X32.T
         else:
-            signs = 2 * self._stream(number, 1).integers(0, 2, count, dtype=np.int8) - 1
-        return self._stream(number, 0).standard_normal((count, self.d), dtype=np.float32), signs
+            expected = size * self._rate
+            room, proposals = int(expected + 8 * np.sqrt(expected) + 64), None
+            while proposals is None:
+                proposals = _proposals(*name, size, self._rate, self._tail, len(self._X), room)
+                room *= 2
+            pairs, owners, lengths = proposals
+            new = ~np.isin(pairs, known)
+            pairs, owners, lengths = pairs[new], owners[new], lengths[new]
+            vectors = np.empty((pairs.size, self._start.d), np.float32)
+            _normals(*name, LIVE_VECTORS, 0, vectors.ravel())
+            _bend(vectors, owners, lengths, self._directions)
+            products = vectors @ X32.T
+            limits = owners + 1
+            firsts = _first_firing(products, vectors, limits, self._X, self._shift, self._rounding)
+            kept = firsts == owners
+            again = pairs[kept & (owners < old)]
+            kept &= owners >= old
+            pairs, vectors, products = pairs[kept], vectors[kept], products[kept]
+        attempt = 0
+        while again.size:
+            drawn = np.empty((again.size, self._start.d), np.float32)
+            _normals(*name, AGAIN, attempt << 36, drawn.ravel())
+            theirs = drawn @ X32.T
+            limits = np.full(again.size, len(self._X))
+            firsts = _first_firing(theirs, drawn, limits, self._X, self._shift, self._rounding)
+            woken = (firsts >= old) & (firsts < len(self._X))
+            pairs = np.concatenate([pairs, again[woken]])
+            vectors = np.concatenate([vectors, drawn[woken]])
+            products = np.concatenate([products, theirs[woken]])
+            again, attempt = again[firsts < old], attempt + 1
+        order = np.argsort(pairs, kind="stable")
+        return first + pairs[order], vectors[order], products[order]
 
-    def _stream(self, block, kind):
-        """Generator of a block's vectors (0) or signs (1)."""
-        key = np.array([self.seed, block], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, kind]))
+    def blocks(self, work, report):
+        """Yields work(pairs, vectors, products) block by block."""
+        size = PROPOSED * self._start.d
+        yield from _in_groups(lambda k: work(*self.block(k)), self.count, size, report)
 
-    def probe(self):
-        """The first starting weights, by which a change of NumPy's generator is noticed."""
-        return self._replace(width=2).block(0)[0].ravel()[:8]
 
-    def blocks(self, work, report=lambda share: None):
-        """Yields work(first neuron, vectors, signs) block by block, made by threads in groups;
-        `report` is told the share of neurons that is drawn.
-
-        BLAS is held to one thread, so that blocks share the cores evenly and bits do not vary.
-        """
-        count = -(-self.width // BLOCK)
-        at_once = 8 * numba.get_num_threads()
-        for begin in range(0, count, at_once):
-            numbers = range(begin, min(begin + at_once, count))
-            size = len(numbers) * BLOCK * self.d
-            with _one_blas_thread():
-                done = _map_in_threads(lambda k: work(k * BLOCK, *self.block(k)), numbers, size)
-            for number, block in zip(numbers, done, strict=True):
-                yield block
-                report(min(1.0, (number + 1) * BLOCK / self.width))
+def proposal_rate(n, tail):
+    """Probability that a pair gets a proposal, n phi(t) / t; inf for thresholds t <= 0."""
+    if tail <= 0:
+        return math.inf
+    return n * math.exp(-0.5 * tail * tail) / (tail * math.sqrt(2 * math.pi))
 
 
 def _for_each_neuron(work):
@@ -547,7 +913,7 @@ class MaxTrees:
         tree is one node.
     """
 
-    @quiet
+    @_quiet
     def __init__(self, X, W):
         X = _check_matrix("X", X, keep_float32=True)
         W = _check_matrix("W", W, keep_float32=True)
@@ -565,7 +931,7 @@ class MaxTrees:
         _mend_ancestors(self._rows, self._levels, np.arange(len(W)))
         self.touched = self._rows.size
 
-    @quiet
+    @_quiet
     def query(self, i, tau):
         """Algorithm 4: ascending int64 indices j with <w_j, x_i> >= tau, k of them, in
         O((1 + k) log m)."""
@@ -574,7 +940,7 @@ class MaxTrees:
         self.touched += touched
         return active.neurons
 
-    @quiet
+    @_quiet
     def query_all(self, tau):
         """All n queries in one descent: (indptr, indices), the answer for x_i being
         indices[indptr[i]:indptr[i + 1]].
@@ -592,7 +958,7 @@ class MaxTrees:
         w = _check_vector("w", w, size=self.X.shape[1], reason="one for each column of X")
         self.update_many([_check_index("j", j, len(self.W))], w[None])
 
-    @quiet
+    @_quiet
     def update_many(self, js, W_new):
         """Replaces the k weight vectors with the distinct indices js (k,) by the rows of W_new
         (k, d).
@@ -610,6 +976,7 @@ class MaxTrees:
         mended = _mend_ancestors(self._rows, self._levels, js)
         self.touched += js.size * len(self.X) + mended
 
+    @_quiet
     def check(self):
         """Asserts every invariant: leaves are products, inner nodes maxima of their children,
         padding -inf."""
@@ -818,7 +1185,7 @@ class SparseJacobian(LinearOperator):
     TypeError, ValueError or IndexError on bad input.
     """
 
-    @quiet
+    @_quiet
     def __init__(self, X, signs, indptr, indices):
         X = _check_matrix("X", X).copy()  # X X^T is kept, so X must not change under it
         signs = _check_signs(signs)
@@ -841,13 +1208,13 @@ class SparseJacobian(LinearOperator):
         self.X, self._XXt, self.width = X, XXt, width
         self.flips = 0  # pairs that have flipped in training up to here
 
-    @quiet
+    @_quiet
     def _matvec(self, u):
         u = _check_vector("u", np.ravel(u), size=self.shape[1], reason="m d of them")
         sums = self._sum_by_point(_add_jacobian_times, self.X, self.active, self._signs, u)
         return sums / np.sqrt(self.width)
 
-    @quiet
+    @_quiet
     def _rmatvec(self, v):
         v = _check_vector("v", np.ravel(v), size=len(self.X), reason="one for each row of X")
         out = np.zeros(self.shape[1])
@@ -856,7 +1223,7 @@ class SparseJacobian(LinearOperator):
         _over_items(_jacobian_transpose_times, self.active.neurons.size, work, *where)
         return out
 
-    @quiet
+    @_quiet
     def gram_times(self, v):
         """G v for v (n,), in at most O(nnz d) operations and O(n) memory."""
         v = _check_vector("v", v, size=len(self.X), reason="one for each row of X")
@@ -1006,7 +1373,7 @@ def _key(rng):
     return np.uint64(rng.integers(1 << 63))
 
 
-@quiet
+@_quiet
 def gaussian_sketch(J, size, rng):
     """S J^T (size, n) for S (size, m d) of independent N(0, 1 / size) entries.
 
@@ -1026,7 +1393,7 @@ def gaussian_sketch(J, size, rng):
     return out / np.sqrt(J.width * size)
 
 
-@quiet
+@_quiet
 def srht_sketch(J, size, rng):
     """S J^T (size, n) for a subsampled randomised Hadamard transform S = sqrt(N / size) P H D with
     Kronecker signs D.
@@ -1059,7 +1426,7 @@ def srht_sketch(J, size, rng):
     return (neurons * coordinates[:, coordinate_rows]).T / np.sqrt(J.width * size)
 
 
-@quiet
+@_quiet
 def sparse_sign_sketch(J, size, rng):
     """S J^T (size, n) for a sparse sign matrix S with SPARSITY = 4 nonzeros in each column, one in
     each quarter of its rows.
@@ -1345,7 +1712,7 @@ class _Network(NamedTuple):
             blocks = (of_block(self.weights[some].astype(float), self.signs[some]) for some in rows)
         else:
             trained = self._trained()
-            blocks = self.start.blocks(lambda *block: of_block(*trained(*block)))
+            blocks = self.start.blocks(lambda *block: of_block(*trained(*block)), self.live)
         return sum(blocks, np.zeros(len(X))) / np.sqrt(self.start.width)
 
     def _trained(self):
@@ -1370,7 +1737,7 @@ class _Network(NamedTuple):
             out[self.live] = self.weights
             return out
         first = 0
-        for W, _ in self.start.blocks(_for_each_neuron(self._trained())):
+        for W, _ in self.start.blocks(_for_each_neuron(self._trained()), np.sort(self.live)):
             out[first : first + len(W)] = W
             first += len(W)
         return out
@@ -1379,7 +1746,8 @@ class _Network(NamedTuple):
         """Signs of all neurons (m,) int8."""
         if self.live.size == self.start.width:
             return self.signs[np.argsort(self.live)].astype(np.int8)
-        return np.concatenate(list(self.start.blocks(lambda first, W, signs: signs)))
+        blocks = range(-(-self.start.width // BLOCK))
+        return np.concatenate([self.start.signs(number) for number in blocks])
 
     def active_sets(self, X):
         """ActiveSets at the training points X (n, d), with the neurons' own numbers. Only live
@@ -1412,6 +1780,20 @@ class _Moved(NamedTuple):
     signs: np.ndarray  # (k,)
 
 
+def _with_live_pairs(moved, start, report):
+    """`moved` and the live pairs of a law that are not known yet."""
+    drawn = _LiveBlocks(start, moved.numbers).blocks(lambda *block: block, report)
+    pairs, vectors, _ = zip(*drawn, strict=True)
+    numbers = (2 * np.concatenate(pairs)[:, None] + [0, 1]).ravel()
+    numbers = np.concatenate([moved.numbers, numbers])
+    weights = np.concatenate([moved.weights, np.repeat(np.concatenate(vectors), 2, axis=0)])
+    signs = np.concatenate(
+        [moved.signs, np.tile([1.0, -1.0], numbers.size - moved.signs.size >> 1)]
+    )
+    order = np.argsort(numbers)
+    return _Moved(numbers[order], weights[order], signs[order])
+
+
 class _Search:
     """The network at the training points, and one step of it.
 
@@ -1423,14 +1805,14 @@ class _Search:
     whose products were read.
     """
 
-    def __init__(self, X, y, shift, start, moved, dtype, report):
+    def __init__(self, X, y, start, shift, moved, news, dtype, report):
         self.X, self.shift, self.start, self.width = X, shift, start, start.width
         _check_memory(f"Gram matrices of {len(X)} points", 24 * len(X) ** 2, "use fewer points")
         with _one_blas_thread():
             self.XXt = X @ X.T
-        self.dtype = np.dtype(dtype)
+        self.dtype = dtype
         self.operations = self.looked_at = self.flips = 0
-        self._begin(y, moved, report)
+        self._begin(y, moved, news, report)
 
     def take_counts(self):
         """Operations and neurons looked at since the last call."""
@@ -1533,10 +1915,13 @@ NARROWER = 'use fewer neurons or points, or dtype="float32"'
 class _Dense(_ForwardPass):
     """X W^T anew in every step, by BLAS: O(m n d) [BPSW21, CGH+19]. Holds W."""
 
-    def _begin(self, y, moved, report):
-        d, itemsize = self.X.shape[1], self.dtype.itemsize
-        what = f'search="dense" with {self.width} neurons'
-        _check_memory(what, self.width * d * itemsize, NARROWER)
+    @staticmethod
+    def check_memory(X, width, shift, dtype):
+        what = f'search="dense" with {width} neurons'
+        _check_memory(what, width * X.shape[1] * dtype.itemsize, NARROWER)
+
+    def _begin(self, y, moved, news, report):
+        d = self.X.shape[1]
         self._cast_X = self.X.astype(self.dtype)
         self._W = np.empty((self.width, d), self.dtype)
         self.signs, self.live = np.empty(self.width), np.arange(self.width)
@@ -1545,7 +1930,7 @@ class _Dense(_ForwardPass):
             self._W[first : first + len(W)] = W
             self.signs[first : first + len(W)] = signs
 
-        for _ in self.start.blocks(_for_each_neuron(keep), report):
+        for _ in self.start.blocks(_for_each_neuron(keep), moved.numbers, report):
             pass
         self._W[moved.numbers] = moved.weights
         self.find()
@@ -1695,17 +2080,22 @@ class _Scan(_ForwardPass):
 
     height = 1  # levels of the trees: a scan is a search in trees of leaves alone
 
-    def _begin(self, y, moved, report):
+    @classmethod
+    def check_memory(cls, X, width, shift, dtype):
+        what = f"products of {len(X)} points and {width} neurons"
+        rows = int(_levels(width)[: cls.height + 1][-1])
+        _check_memory(what, len(X) * rows * dtype.itemsize, NARROWER)
+
+    def _begin(self, y, moved, news, report):
         n = len(self.X)
         self._levels = _levels(self.width)[: self.height + 1]
-        what = f"products of {n} points and {self.width} neurons"
-        _check_memory(what, n * int(self._levels[-1]) * self.dtype.itemsize, NARROWER)
         self._cast_X, self._cast_XXt = self.X.astype(self.dtype), self.XXt.astype(self.dtype)
         self._rows = np.empty((self._levels[-1], n), self.dtype)
         self._rows[self.width :] = -np.inf
         self._sums, self._ledger = np.zeros(n), _Ledger()
         found, front, back = [], 0, self.width
-        blocks = self.start.blocks(_for_each_neuron(partial(self._products, moved)), report)
+        work = _for_each_neuron(partial(self._products, moved))
+        blocks = self.start.blocks(work, moved.numbers, report)
         for *live, live_products, dead_products in blocks:
             self._rows[front : front + len(live_products)] = live_products
             self._rows[back - len(dead_products) : back] = dead_products
@@ -2256,11 +2646,11 @@ def _fill_rows(chosen, room, products, vectors, X, shift, thresholds, margins, c
                 end += 1
         if k == 0:
             continue
-        for copy in range(copies):
-            row, start = rows[copies * found + copy], first + copy * (end - first)
+        for twin in range(copies):
+            row, start = rows[copies * found + twin], first + twin * (end - first)
             row["start"], row["count"], row["active"] = start, end - first, k
             row["margin"] = ENDURANCE if end - first == len(X) else margins[z]
-            for e in range(first, end if copy > 0 else first):
+            for e in range(first, end if twin > 0 else first):
                 points[start + e - first], exact[start + e - first] = points[e], exact[e]
         live[found], found, free = z, found + 1, first + copies * (end - first)
     return live[:found], rows[: copies * found], points[:free], exact[:free]
@@ -2316,11 +2706,15 @@ class _Lazy(_Search):
 
     placed_anew = 0  # rows made anew in training, for those who look inside
 
-    def _begin(self, y, moved, report):
+    @staticmethod
+    def check_memory(X, width, shift, dtype):
+        n, d = X.shape
+        expected = n * width * scipy.special.ndtr(-shift)  # active pairs; more are kept
+        needed = 24 * expected + (64 + 2 * d) * min(width, expected)  # pairs; rows and vectors
+        _check_memory(f"live pairs of {n} points and {width} neurons", needed)
+
+    def _begin(self, y, moved, news, report):
         n = len(self.X)
-        expected = n * self.width * scipy.special.ndtr(-self.shift)  # active pairs; more are kept
-        needed = 24 * expected + 64 * min(self.width, expected)  # pairs, rows; beside the weights
-        _check_memory(f"live pairs of {n} points and {self.width} neurons", needed)
         cross = max(np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(), 1e-12)
         self._geometry = Geometry(
             X=self.X,
@@ -2338,7 +2732,14 @@ class _Lazy(_Search):
         output_per_move = max(scipy.special.ndtr(-self.shift), 1e-30) * np.sqrt(self.width)
         largest = np.finfo(np.float32).max
         pull = np.minimum(MARGIN * np.abs(y) / output_per_move, largest).astype(np.float32)
-        blocks = self.start.blocks(partial(self._live_of_block, pull, moved.numbers), report)
+        if self.start.law is None or (news and self.start.law.bound):
+            work = partial(self._live_of_block, pull, moved.numbers)
+            blocks = self.start.blocks(work, moved.numbers, report)
+        elif news:
+            live_blocks = _LiveBlocks(self.start, moved.numbers)
+            blocks = live_blocks.blocks(partial(self._live_of_pairs, pull), report)
+        else:
+            blocks = ()
         self._lay_out([stretch for block in blocks for stretch in block], moved)
         self._margin = np.sqrt(np.mean(pull.astype(float) ** 2))  # a typical one
         for neurons in self._batches(np.arange(self._n_drawn, self.n_live)):
@@ -2355,13 +2756,32 @@ class _Lazy(_Search):
         self.operations += self._used
 
     def _live_of_block(self, pull, moved, first, vectors, signs):
-        """The live neurons of a block that have not moved, as a list of _LiveStarts."""
-        n, d = self.X.shape
-        copies = signs.size // len(vectors)
-        # No float32 product is further from the float64 one than this; a normal number is below 8.3
-        # in size (NumPy's ziggurat). So a neuron may be active from b - rounding on, and what is
-        # above b - 2 rounding - margin in float32 covers b - rounding - margin in float64.
-        rounding = (d + 4) * np.finfo(np.float32).eps * 8.3 * np.sqrt(d)
+        """The live neurons of a block of all that have not moved, as a list of _LiveStarts."""
+        copies = self.start.copies
+        numbers = first + copies * np.arange(len(vectors))
+        still = ~np.isin(numbers, moved)  # of twins both have moved, or neither
+        if not still.all():
+            numbers, vectors, signs = (
+                numbers[still],
+                vectors[still],
+                signs[np.repeat(still, copies)],
+            )
+        return self._live_starts(pull, numbers, vectors, signs.reshape(-1, copies))
+
+    def _live_of_pairs(self, pull, pairs, vectors, products):
+        """The same, of pairs that are live on some of the points seen so far."""
+        signs = np.tile(np.array([1, -1], np.int8), (pairs.size, 1))
+        if len(self.start.law.stages) > 1 or products.shape[1] != len(self.X):
+            products = None
+        return self._live_starts(pull, 2 * pairs, vectors, signs, products)
+
+    def _live_starts(self, pull, numbers, vectors, signs, all_products=None):
+        """Those of some vectors that fire, as a list of _LiveStarts; `numbers` are those of the
+        first neurons of each vector, `signs` (k, copies) those of all."""
+        (n, d), copies = self.X.shape, self.start.copies
+        # A neuron may be active from b - rounding on, and what is above b - 2 rounding - margin in
+        # float32 covers b - rounding - margin in float64.
+        rounding = _float32_rounding(d)
         largest = np.finfo(np.float32).max
         lowered = np.clip(self.shift - np.array([1, 2]) * rounding, -largest, largest)
         least_active, lowered_shift = lowered.astype(np.float32)
@@ -2370,26 +2790,29 @@ class _Lazy(_Search):
         found = []
         for low in range(0, len(vectors), stretch):
             some = vectors[low : low + stretch]
-            products = some @ X.T
+            known = all_products is not None
+            products = all_products[low : low + stretch] if known else some @ X.T
             limits = least_active, pull, cross, lowered_shift
             active, thresholds, kept = _thresholds(products, *limits)
-            numbers = first + copies * (low + np.arange(len(some)))
-            active[np.isin(numbers, moved)] = 0  # of twins both have moved, or neither
             chosen = np.flatnonzero(active)
             thresholds = thresholds[chosen].astype(float)
             margins = np.maximum(0.0, self.shift - rounding - thresholds)
             room = copies * int(kept[chosen].sum())
             where = products, some, self.X, self.shift, thresholds, margins, copies
             live, *arrays = _fill_rows(chosen, room, *where)
-            numbers = (numbers[chosen[live]][:, None] + np.arange(copies)).ravel()
-            found.append(_LiveStart(some[chosen[live]], numbers, signs[numbers - first], *arrays))
+            chosen = chosen[live]
+            own = (numbers[low + chosen][:, None] + np.arange(copies)).ravel()
+            found.append(_LiveStart(some[chosen], own, signs[low + chosen].ravel(), *arrays))
         return found
 
     def _lay_out(self, stretches, moved):
         """All rows in one stretch of memory; those of moved neurons come last, and are empty."""
+        none = np.zeros((0, self.X.shape[1]), np.float32), NOBODY, np.zeros(0, np.int8)
+        none = *none, np.zeros(0, ROW), np.zeros(0, np.uint32), np.zeros(0)
+        stretches = [_LiveStart(*none), *stretches]
         vectors, numbers, signs, rows, points, products = zip(*stretches, strict=True)
         self._vectors = np.concatenate([*vectors, moved.weights])  # float32 if none has moved
-        self._copies = 2 if self.start.init == "antisymmetric" else 1
+        self._copies = self.start.copies
         self.live = np.concatenate([*numbers, moved.numbers])
         self.signs = np.concatenate([*signs, moved.signs]).astype(float)
         self.n_live, self._used = self.live.size, sum(map(len, points))
@@ -2689,9 +3112,12 @@ class _Standard(NamedTuple):
         largest = np.where(np.isinf(self.deviation), -np.inf, size).max(axis=1, keepdims=True)
         return np.exp2(np.minimum(0.0, 400.0 - largest))
 
+    @property
+    def scale(self):
+        return np.where(np.isinf(self.deviation), 1.0, self.deviation)
+
     def inverse(self, A):
-        deviation = np.where(np.isinf(self.deviation), 1.0, self.deviation)
-        return (A * deviation + self.mean) * self.unit
+        return (A * self.scale + self.mean) * self.unit
 
 
 class _Scales(NamedTuple):
@@ -2719,7 +3145,7 @@ class _Scales(NamedTuple):
         X = self.x(X, factors)
         if self.lift:
             X = np.column_stack([X, self.lift * factors])
-        return X / _check_row_lengths(X, 0.0 if self.lift else self.x.rounding)
+        return X / _check_row_lengths(X, 0.0 if self.lift else self.x.rounding * factors)
 
     def targets(self, y):
         scaled = y if self.y is None else self.y(y)
@@ -2738,7 +3164,7 @@ class _Scales(NamedTuple):
 
     @property
     def y_unit(self):
-        return 1.0 if self.y is None else float(self.y.inverse(1.0) - self.y.inverse(0.0))
+        return 1.0 if self.y is None else float(self.y.scale * self.y.unit)
 
 
 def _unreachable(X, y):
@@ -2757,7 +3183,8 @@ def _unreachable(X, y):
     warnings.warn(
         f"{np.count_nonzero(deviations)} rows of X coincide with rows that have other targets, the "
         f"first are {first} and {second}: no network brings the relative residual below "
-        f"{least:.3g}; merge such rows, or set tol above that",
+        f"{least:.3g}; merge such rows, or set tol above that. If they differ in what you passed, "
+        "entries that dwarf all others hide it: clip or transform their columns",
         UserWarning,
         stacklevel=5,
     )
@@ -2768,8 +3195,8 @@ def _unreachable(X, y):
 # Saving
 # ==================================================================================================
 
-# Version 1 held a digest besides; what is read here has not changed.
-FORMAT, FORMATS = "sublin network, version 2", ("sublin network, version 1",)
+FORMAT = "sublin network, version 3"
+FORMER = "sublin network, version 1", "sublin network, version 2"
 SAVED = (
     *("history_", "residual_", "n_iter_", "converged_"),
     *("shift_", "n_live_", "init_seconds_", "n_features_in_"),
@@ -2787,16 +3214,20 @@ def _save(trainer, path):
         "live": network.live,
         "signs": network.signs.astype(np.int8),
         "weights": network.weights.astype(float),
-        "probe": start._replace(stored=None, lost=False).probe(),
     }
     for name, standard in (("x", scales.x), ("y", scales.y)):
         if standard is not None:
             fields = standard._asdict().items()
             arrays |= {f"{name}_{key}": np.asarray(value) for key, value in fields}
+    if start.law is not None:
+        arrays["law_points"] = start.law.points
+        arrays["law_stages"] = np.cumsum([len(stage) for stage in start.law.stages])
+        arrays["law_bound"] = np.array(start.law.bound)
     if start.init == "gaussian" and network.live.size < start.width:
         what = f"the starting weights of {start.width} neurons"
         _check_memory(what, start.width * start.d * 4)
-        blocks = zip(*start.blocks(lambda first, W, signs: (W, signs)), strict=True)
+        blocks = start.blocks(lambda first, W, signs: (W, signs), network.live)
+        blocks = zip(*blocks, strict=True)
         arrays["starting_weights"], arrays["starting_signs"] = map(np.concatenate, blocks)
     drawn = {"random_state": start.seed, "width": start.width, "init": start.init}
     about = {
@@ -2814,11 +3245,14 @@ def _save(trainer, path):
 def _write_whole(path, arrays):
     """Writes an npz beside `path` and renames it, so that there is either the old file or the new
     one at any moment."""
-    path = _check_regular_file(os.path.realpath(path))  # of a link, what it leads to
-    beside = f"{path}.{secrets.token_hex(4)}"
+    path = _check_regular_file(os.path.realpath(os.fsdecode(path)))  # of a link, what it leads to
+    old = os.path.exists(path)
+    if old:
+        open(path, "r+b").close()  # raises what Python raises if it may not be written
+    beside = os.path.join(os.path.dirname(path), f".sublin-{secrets.token_hex(8)}")
     try:
         with open(beside, "xb") as file:
-            if os.path.exists(path):
+            if old:
                 os.chmod(beside, stat.S_IMODE(os.stat(path).st_mode))
             np.savez(file, **arrays)
             file.flush()
@@ -2831,9 +3265,12 @@ def _write_whole(path, arrays):
 
 
 def _check_regular_file(path):
-    """The path, unless a folder or a device is there, or a file that may not be written."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"path must be that of a file, but {path!r} is a folder or a device")
+    """The path, unless something else is there than a file, which reading might wait for."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise ValueError(
+            f"path must be that of a file, but {os.fsdecode(path)!r} is a folder, a device, a pipe "
+            "or a link that leads nowhere; give another"
+        )
     return path
 
 
@@ -2844,8 +3281,13 @@ def _load(kind, path):
             loaded = np.load(file, allow_pickle=False)
             arrays = {name: loaded[name] for name in loaded.files}
             about = json.loads(arrays.pop("about").tobytes())
-            if about["format"] not in (FORMAT, *FORMATS):
-                raise ValueError(f"its format is {about['format']!r}")
+            if about["format"] in FORMER:
+                raise ValueError(
+                    "it is from before sublin had a random generator of its own, so that neurons "
+                    "that never fired cannot be drawn again"
+                )
+            if about["format"] != FORMAT:
+                raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
             return _restored(kind, about, arrays)
         except MemoryError:
             raise
@@ -2870,11 +3312,13 @@ def _restored(kind, about, arrays):
         for name in "xy"
     )
     start = _Start(trainer.random_state, trainer.width, X.shape[1], trainer.init)
+    if "law_points" in arrays:
+        points = _check_matrix("law_points", arrays["law_points"])
+        stages = tuple(np.split(points, arrays["law_stages"][:-1]))
+        start = start._replace(law=_Law(stages, about["shift_"], bool(arrays["law_bound"])))
     if "starting_weights" in arrays:
         start = start._replace(stored=(arrays["starting_weights"], arrays["starting_signs"]))
         _check_together(*start.stored, trainer.width, X.shape[1])
-    elif not np.array_equal(arrays["probe"], start.probe()):
-        start = start._replace(lost=True)
     live, signs, weights = arrays["live"], arrays["signs"], arrays["weights"]
     _check_together(weights, signs, live.size, X.shape[1])
     live = _check_indices("live", live, trainer.width) if live.size else np.zeros(0, np.int64)
@@ -2921,6 +3365,9 @@ class _Stopwatch:
         self._last = now
 
 
+# How training can end above its tolerance.
+BY_CALLBACK, AT_A_FLOOR, AFTER_MAX_ITER = "by the callback", "at a floor", "after max_iter"
+
 # "auto" starts with mu = DAMPING times the mean of G's diagonal times the relative residual.
 DAMPING = 1e-3
 TRIALS = 24  # steps tried in an iteration, with four times the damping each time, before it ends
@@ -2964,6 +3411,8 @@ class _Progress:
 
     def __init__(self, verbose, max_iter):
         self.verbose, self._tqdm = verbose, None
+        self.over = False  # whether fit has ended
+        self.error_state = np.geterr()  # of the caller, for the callback
         if verbose == 2:
             with suppress(ImportError):
                 from tqdm import tqdm
@@ -3032,6 +3481,11 @@ class SublinearTrainer:
     sketch : "sparse", "srht" or "gaussian".
     sketch_size : int >= n, rows of the sketch; None is max(8 n, 4 d), with 64 (n + 8) for
         "richardson".
+    draw : "all" draws every neuron, O(n m d), from the seed alone; "live", for "antisymmetric"
+        pairs only, no pair that fires on no point, which is the same network in law,
+        O(n m^0.76 n d): dead neurons are drawn where somebody asks for them. "auto" is "live"
+        where that takes less time. For given seed, X, width and shift the weights are the same for
+        every search.
     init : "antisymmetric", neurons in pairs (w, +1), (w, -1), so that f = 0 at the start; or
         "gaussian", independent signs as in the paper.
     damping : float >= 0, 0 being the paper's pure step; or "auto", Levenberg-Marquardt: the
@@ -3045,12 +3499,13 @@ class SublinearTrainer:
     dtype : precision of the products that "dense", "scan" and "tree" compute or keep. "float32"
         halves their memory and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always
         keeps its few pairs in float64.
-    tol : float, relative residual ||f - y|| / ||y|| at which training stops; one below the floor
-        of rounding, 0 among them, is met there. A wide network fits
-        noise too: for noisy targets stop early, with a larger tol, or use more damping.
+    tol : float, relative residual ||f - y|| / ||y|| at which training stops. One below rounding, 0
+        among them, is met at 1e-12 (1e-6 in float32), once nothing falls any more. A wide
+        network fits noise too: for noisy targets stop early, with a larger tol, or use more
+        damping.
     max_iter : int, largest number of steps; 0 leaves the starting network.
-    random_state : None, int, numpy RandomState or Generator. The starting weights depend on it, on
-        init and on d alone; a wider network extends a narrower one.
+    random_state : None, int, numpy RandomState or Generator. With draw="all" the starting weights
+        depend on it, on init and on d alone, and a wider network extends a narrower one.
     warm_start : bool; if True, fit goes on from the weights that the last fit, or load, has left.
     callback : called with each record of history_; training stops if it returns True.
     verbose : 1 prints a line for each step, 2 shows bars where tqdm is installed.
@@ -3078,7 +3533,8 @@ class SublinearTrainer:
     the Gram matrix is singular and damping is zero.
     """
 
-    _unfinished = None  # the mark of a step that has begun and is not in history_
+    # The mark of a step that has begun and is not in history_, and the progress of its fit.
+    _unfinished = None
 
     def __init__(
         self,
@@ -3091,6 +3547,7 @@ class SublinearTrainer:
         sketch="sparse",
         sketch_size=None,
         init="antisymmetric",
+        draw="auto",
         damping="auto",
         normalize="lift",
         dtype="float64",
@@ -3109,6 +3566,7 @@ class SublinearTrainer:
         self.sketch = sketch
         self.sketch_size = sketch_size
         self.init = init
+        self.draw = draw
         self.damping = damping
         self.normalize = normalize
         self.dtype = dtype
@@ -3119,7 +3577,6 @@ class SublinearTrainer:
         self.callback = callback
         self.verbose = verbose
 
-    @quiet
     def fit(self, X, y):
         """Trains on X (n, d) and y (n,), neither of which is modified. Returns self.
 
@@ -3127,42 +3584,50 @@ class SublinearTrainer:
         any other exception, leaves the network at the last whole step, ready for use, and goes on
         to the caller.
         """
+        progress = _Progress(self.verbose, self.max_iter)
+        with np.errstate(all="ignore"):
+            self._fit(X, y, progress)
+        return self
+
+    def _fit(self, X, y, progress):
         shift = self._check_options()
         goes_on = self.warm_start and hasattr(self, "history_")
-        checked = _check_features(X, self) if goes_on else _check_matrix("X", X)
-        X, names = checked, _feature_names(X)
+        names, X = X, _check_features(X, self) if goes_on else _check_matrix("X", X)
         y = _check_targets(y, len(X))
         self._check_sketch_size(len(X))
-        progress = _Progress(self.verbose, self.max_iter)
         try:
             if goes_on:
                 self._go_on(X, y, shift, progress)
                 stopped = False
             else:
-                self._begin(X, y, shift, names, progress)
+                self._begin(X, y, shift, _feature_names(names), progress)
                 stopped = self._tell(progress)
             first, start = len(self.history_), self.residual_
-            ended = "by the callback" if stopped else self._train(progress)
+            ended = BY_CALLBACK if stopped else self._train(progress)
         except SystemError as error:  # what an exception in a compiled kernel may show as
             while isinstance(error, SystemError) and error.__cause__ is not None:
                 error = error.__cause__
             raise error from None
         finally:
+            progress.over = True
             self._roll_back()
             progress.close()
-        if not self.converged_ and ended != "by the callback" and self.max_iter > 0:
+        if not self.converged_ and ended != BY_CALLBACK and self.max_iter > 0:
             self._warn(ended, [start, *(record["residual"] for record in self.history_[first:])])
-        return self
 
     def _begin(self, X, y, shift, names, progress):
         """A new network."""
         begin, seed, n_features = time.perf_counter(), _seed(self.random_state), X.shape[1]
         scales = _Scales.of(X, y, self.normalize)
         X, y = scales.unit_rows(X), scales.targets(y)
-        start = _Start(seed, self.width, X.shape[1], self.init)
         d = X.shape[1]
+        law = None
+        if self.draw != "all" and self.init == "antisymmetric":
+            law = _Law((X,), shift)
+            law = law if _LiveBlocks.pay(law) else None
+        start = _Start(seed, self.width, d, self.init, law)
         moved = _Moved(np.zeros(0, np.int64), np.zeros((0, d), np.float32), np.zeros(0))
-        fitted = self._problem(X, y, _unreachable(X, y), shift, start, moved, progress)
+        fitted = self._problem(X, y, _unreachable(X, y), shift, start, moved, True, progress)
         fitted |= {"_scales": scales, "shift_": shift, "n_features_in_": n_features}
         fitted |= {} if names is None else {"feature_names_in_": names}
         damping = 0.0 if self.damping == "auto" else float(self.damping)
@@ -3202,17 +3667,27 @@ class SublinearTrainer:
             network = self._trained_network()
             rows = np.argsort(network.live)
             moved = _Moved(*(a[rows] for a in (network.live, network.weights, network.signs)))
-            fitted = self._problem(X, y, unreachable, shift, start, moved, progress)
+            news = True
+            if start.law is not None:
+                law = start.law.with_points(X)
+                news = law is not start.law
+                start = start if start.law.bound else start._replace(law=law)
+            fitted = self._problem(X, y, unreachable, shift, start, moved, news, progress)
             search = fitted["_search"]
         residual = _relative_residual(search.outputs, y)
         fitted |= {"residual_": residual, "converged_": residual <= self.tol}
         vars(self).update(fitted, init_seconds_=time.perf_counter() - begin)
 
-    def _problem(self, X, y, unreachable, shift, start, moved, progress):
+    def _problem(self, X, y, unreachable, shift, start, moved, news, progress):
         """What a fit is about: points, targets, and a search at a network of which some neurons
-        have moved from the start."""
-        kind = SEARCHES[self.search]
-        search = kind(X, y, shift, start, moved, self.dtype, progress.drawn)
+        have moved from the start; `news` is whether others may be live."""
+        kind, dtype = SEARCHES[self.search], np.dtype(self.dtype)
+        kind.check_memory(X, self.width, shift, dtype)
+        if kind is not _Lazy and start.law is not None:  # dead neurons, too, are held, and seen
+            if news and not start.law.bound:
+                moved = _with_live_pairs(moved, start, progress.drawn)
+            start = start.shown()
+        search = kind(X, y, start, shift, moved, news, dtype, progress.drawn)
         fitted = {"_X": X, "_y": y, "_unreachable": unreachable, "n_live_": search.n_live}
         return {**fitted, "_search": search, "_network": None, "_unfinished": None}
 
@@ -3223,22 +3698,22 @@ class SublinearTrainer:
         last, rounding = self.n_iter_ + self.max_iter, self._rounding()
         while not self.converged_ and self.n_iter_ < last and np.isfinite(self.residual_):
             before = self.residual_
-            stepped = self._step(solver, damping, self.n_iter_ + 1 == last)
+            stepped = self._step(solver, damping, progress, self.n_iter_ + 1 == last)
             if stepped and self._tell(progress):
-                return "by the callback"
-            # A step that gains next to nothing is the last if no step may raise the residual, or
-            # rounding is all that is left of it.
+                return BY_CALLBACK
+            # Nothing is gained where no step lowers the residual, or none can be made; pure steps
+            # may raise it for a while, unless rounding is all that is left of it.
             gained = stepped and self.residual_ <= (1.0 - 1e-10) * before
-            if not gained and (damping.adaptive or self.residual_ <= rounding or not stepped):
-                self.converged_ = bool(self.residual_ <= rounding)
-                return "at a floor"
-        return "after max_iter"
+            final = not stepped or damping.adaptive or self.residual_ <= rounding
+            if not gained and final:
+                break
+        ended = AFTER_MAX_ITER if self.n_iter_ == last else AT_A_FLOOR
+        self.converged_ = bool(self.residual_ <= max(self.tol, rounding))
+        return ended
 
     def _rounding(self):
-        """A relative residual that rounding may keep the true one from falling below: outputs are
-        sums of numbers of order one."""
-        relative = 1e-5 if self.dtype == "float32" and self.search != "lazy" else 1e-12
-        return relative * (1.0 + np.sqrt(len(self._y)) / _norm(self._y))
+        """A relative residual of this size is rounding, whatever tol."""
+        return 1e-6 if self.dtype == "float32" and self.search != "lazy" else 1e-12
 
     def _new_solver(self):
         kind, problem = SOLVERS[self.solver], (self._X, self.shift_)
@@ -3247,7 +3722,7 @@ class SublinearTrainer:
             return kind(*problem, SKETCHES[self.sketch], self.sketch_size, seed)
         return kind(*problem, self.damping == "auto") if kind is _Gradient else kind(*problem)
 
-    def _step(self, solver, damping, is_last):
+    def _step(self, solver, damping, progress, is_last):
         """One step and its record; False if no damping makes the residual fall."""
         search, stopwatch, before = self._search, _Stopwatch(), self.residual_
         J = search.jacobian()
@@ -3269,7 +3744,7 @@ class SublinearTrainer:
             # Points without active neurons move no weight, but their g_i can be as large as 1 / mu,
             # which would drown the others in sums.
             step = np.where(J.active_counts() > 0, step, 0.0)
-            changed, self._unfinished = search.changing, search.mark()
+            changed, self._unfinished = search.changing, (search.mark(), progress)
             flips = search.advance(step, stopwatch.lap)
             after = _relative_residual(search.outputs, self._y)
             if after <= self.tol or is_last:
@@ -3324,21 +3799,24 @@ class SublinearTrainer:
     def _roll_back(self):
         """Takes back a step that has begun and is not in history_."""
         if self._unfinished is not None:
-            self._search.undo(self._unfinished)
+            self._search.undo(self._unfinished[0])
             self._unfinished = None
 
     def _tell(self, progress):
         """Shows the last record; True if the callback asks to stop."""
         progress.step(self.history_[-1])
-        answer = self.callback(self.history_[-1]) if self.callback else None
+        with np.errstate(**progress.error_state):
+            answer = self.callback(self.history_[-1]) if self.callback else None
         return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
     def _warn(self, ended, residuals):
         """Says why training has ended above tol, and what to change; `residuals` are those at the
         beginning of the fit and after each of its steps."""
-        silent = np.flatnonzero(self._search.jacobian().active_counts() == 0)
-        last = residuals[-6:]
+        counts, (n, m) = self._search.jacobian().active_counts(), (len(self._X), self.width)
+        silent, last = np.flatnonzero(counts == 0), residuals[-6:]
         floor = np.linalg.norm(self._unreachable) / _norm(self._y)
+        rounding = self._rounding() * np.sqrt(n) / _norm(self._y)
+        slowed = self.damping not in ("auto", 0) and self.solver != "gradient"
         if not np.isfinite(self.residual_) or last[-1] > 1.5 * min(last):
             remedy = 'the pure step diverges; set damping="auto", or use a larger width or a '
             remedy += "smaller shift"
@@ -3347,19 +3825,28 @@ class SublinearTrainer:
             remedy += "that, or merge them"
         elif silent.size:
             remedy = (
-                f"{silent.size} of {len(self._X)} points have no active neuron (the first is "
-                f"{silent[0]}), so their outputs cannot move; lower shift, or raise width"
+                f"{silent.size} of {n} points have no active neuron (the first is {silent[0]}), so "
+                "their outputs cannot move; lower shift, or raise width"
             )
-        elif ended == "after max_iter" and last[-1] < 0.99 * last[0]:
+        elif counts.mean() > 0.95 * m:
+            remedy = "nearly all neurons are active on all points, which makes the network linear; "
+            remedy += "raise shift"
+        elif self.residual_ <= 10.0 * rounding:
+            remedy = "rounding hides what is left of targets so small; scale y, or use "
+            remedy += 'dtype="float64"'
+        elif slowed and len(last) > 1 and last[-1] > 0.8 * last[-2]:
+            remedy = f"steps are short with damping={self.damping:g}; lower it, or use "
+            remedy += '"auto"'
+        elif ended == AFTER_MAX_ITER and last[-1] < 0.99 * last[0]:
             remedy = (
                 "it was still falling; raise max_iter, or, for faster steps, lower shift or raise "
                 "width"
             )
         elif self.n_features_in_ <= 2:
             remedy = (
-                "it has stopped falling: as a function of so few columns the network is smooth, "
-                "and cannot follow targets that vary quickly; add columns to X, such as splines or "
-                "sines of these (scikit-learn's SplineTransformer), or raise tol"
+                "it has all but stopped falling: as functions of so few columns, networks are "
+                "smooth. For targets that vary quickly add columns to X, such as splines or sines "
+                "of these (scikit-learn's SplineTransformer); for others raise width"
             )
         else:
             remedy = "it has stopped falling; lower shift or raise width, for more active neurons"
@@ -3370,7 +3857,7 @@ class SublinearTrainer:
             stacklevel=4,
         )
 
-    @quiet
+    @_quiet
     def predict(self, X):
         """Outputs (k,) of the trained network at X (k, d), in the units of y.
 
@@ -3381,7 +3868,7 @@ class SublinearTrainer:
         X = self._scales.unit_rows(_check_features(X, self))
         return self._scales.outputs(network.outputs(X))
 
-    @quiet
+    @_quiet
     def score(self, X, y, sample_weight=None):
         """Coefficient of determination R^2 of predict(X) with respect to y, points weighted by
         sample_weight (k,) if given.
@@ -3393,6 +3880,8 @@ class SublinearTrainer:
         y = _check_targets(y, predicted.size, warn=False)
         if sample_weight is not None:
             sample_weight = _check_vector("sample_weight", sample_weight, size=y.size)
+            if sample_weight.sum() == 0:
+                raise ValueError("sample_weight must not sum to zero; give some point a weight")
         if y.size < 2:
             warning = _of_sklearn("UndefinedMetricWarning", UserWarning)
             message = "R^2 is not defined for a single point; pass at least two"
@@ -3406,10 +3895,25 @@ class SublinearTrainer:
             return float(error == 0)
         return float(1.0 - error / spread)
 
+    @_quiet
     def weights(self):
         """Hidden weights now (m, d) float64; d counts the coordinate that normalize="lift" appends.
-        Raises MemoryError if they do not fit."""
-        return self._trained_network().all_weights()
+        Dead neurons that it draws stay as they are from now on. Raises MemoryError if they do not
+        fit."""
+        network = self._trained_network()
+        weights = network.all_weights()
+        self._bind(network)
+        return weights
+
+    def _bind(self, network):
+        """Remembers that dead neurons have been seen."""
+        if network.start.law is not None and not network.start.law.bound:
+            network = network._replace(start=network.start.shown())
+            if self._search is None:
+                self._network = network
+            else:
+                self._search.start = network.start
+                self._search._network_of = self._search.outputs, network
 
     @property
     def signs_(self):
@@ -3425,12 +3929,17 @@ class SublinearTrainer:
         network = self._trained_network()
         return network.active_sets(self._X) if self._search is None else self._search.active_sets()
 
-    @quiet
+    @_quiet
     def _trained_network(self):
         """The network as the last whole step has left it."""
         if not hasattr(self, "history_"):
             error = _of_sklearn("NotFittedError", AttributeError)
             raise error("this SublinearTrainer is not fitted yet; call fit(X, y) first")
+        if self._unfinished is not None and not self._unfinished[1].over:
+            raise RuntimeError(
+                "fit is in the middle of a step, so that there is no network to read; read it in "
+                "the callback, which is called between steps"
+            )
         self._roll_back()
         return self._network if self._search is None else self._search.network()
 
@@ -3440,7 +3949,7 @@ class SublinearTrainer:
         self._trained_network()
         return [record["loss"] for record in self.history_]
 
-    @quiet
+    @_quiet
     def check(self):
         """Asserts that active sets and residual are those of the weights, and every invariant of
         the search.
@@ -3448,7 +3957,8 @@ class SublinearTrainer:
         Makes the weights: m d numbers, O(n m d). A product within rounding of the threshold may
         count as either.
         """
-        W, signs, X, shift = self.weights(), self.signs_, self._X, self.shift_
+        W, signs = self._trained_network().all_weights(), self.signs_
+        X, shift = self._X, self.shift_
         active = self._active_sets()
         single = self.dtype == "float32" and self.search != "lazy"
         tolerance = 1e-4 if single else 1e-9
@@ -3495,11 +4005,12 @@ class SublinearTrainer:
         return _load(cls, path)
 
     def __getstate__(self):
-        """What pickle and copy take: what `save` writes, and the callback. The network predicts the
-        same to the bit; a search is made again where training goes on."""
+        """What pickle and copy take: the network, which predicts the same to the bit, and all
+        options; not the search, which is made again where training goes on."""
         if not hasattr(self, "history_"):
             return vars(self)
-        return {**vars(self), "_network": self._trained_network(), "_search": None}
+        network = self._trained_network()
+        return {**vars(self), "_network": network, "_search": None, "_unfinished": None}
 
     def get_params(self, deep=True):
         """Constructor arguments by name."""
@@ -3536,7 +4047,7 @@ class SublinearTrainer:
         """What scikit-learn asks where metadata are routed."""
         if not hasattr(self, "_metadata_request"):
             self.set_score_request(sample_weight=None)
-        return self._metadata_request
+        return copy.deepcopy(self._metadata_request)
 
     def __sklearn_tags__(self):
         """What scikit-learn asks of its estimators; called by it only."""
@@ -3558,6 +4069,7 @@ class SublinearTrainer:
             ("solver", SOLVERS),
             ("sketch", SKETCHES),
             ("init", ("antisymmetric", "gaussian")),
+            ("draw", ("auto", "live", "all")),
             ("dtype", ("float32", "float64")),
             ("normalize", ("lift", "rows", None)),
             ("verbose", (0, 1, 2)),
@@ -3568,6 +4080,11 @@ class SublinearTrainer:
             raise ValueError(
                 f'init="antisymmetric" needs an even width, got {self.width}; use it +- 1, or '
                 'init="gaussian"'
+            )
+        if self.draw == "live" and self.init != "antisymmetric":
+            raise ValueError(
+                'draw="live" needs init="antisymmetric", since other dead neurons matter to '
+                'predictions; use draw="all"'
             )
         if self.sketch_size is not None:
             _check_integer("sketch_size", self.sketch_size, 1)
@@ -3671,7 +4188,7 @@ def _as_array(name, value):
     if value is None:
         raise TypeError(f"{name} must be an array of numbers, got None")
     parts = value if isinstance(value, (list, tuple)) else [value]
-    if any(np.ma.is_masked(part) for part in parts):
+    if any(np.ma.is_masked(part) for part in parts if isinstance(part, np.ma.MaskedArray)):
         raise ValueError(
             f"{name} has masked entries, which are missing values; remove their rows, or impute "
             f"them, for example by {name}.filled(...)"
@@ -3705,7 +4222,7 @@ def _as_array(name, value):
             f"{name} must be an array of numbers, got dtype {array.dtype}; "
             "encode it as numbers (astype(float))"
         )
-    return array
+    return array.astype(float) if array.dtype.kind == "f" and array.itemsize > 8 else array
 
 
 def _check_numbers(name, value, dimensions):
@@ -3867,9 +4384,10 @@ def _check_unit_rows(X):
 def _check_row_lengths(X, rounding):
     """Lengths (n, 1) of the rows of centred X, none of them zero up to rounding."""
     lengths = np.linalg.norm(X, axis=1, keepdims=True)
-    if lengths.min() <= rounding:
+    short = np.flatnonzero(lengths <= rounding)
+    if short.size:
         raise ValueError(
-            f"row {np.argmin(lengths)} of X is zero once columns are centred, and has no "
+            f"row {short[0]} of X is zero, up to rounding, once columns are centred, and has no "
             'direction; use normalize="lift", which gives it one'
         )
     return lengths
@@ -4119,26 +4637,36 @@ def _one_blas_thread():
 # Where this runs: versions, and a place for machine code
 # ==================================================================================================
 
-for _module, _least in ((np, "1.26"), (scipy, "1.11"), (numba, "0.59")):
-    _numbers = ([int(k) for k in v.split(".")[:2]] for v in (_module.__version__, _least))
-    if next(_numbers) < next(_numbers):
-        raise ImportError(
-            f"sublin needs {_module.__name__} {_least} or newer, but {_module.__version__} is "
-            f"installed: pip install --upgrade {_module.__name__}"
-        )
 
-# What files that are damaged, and places that cannot be used, raise.
-UNUSABLE = (OSError, EOFError, UnpicklingError, ValueError, TypeError, AttributeError, LookupError)
+def _require_versions():
+    for module, least in ((np, "1.26"), (scipy, "1.11"), (numba, "0.59")):
+        has, needs = ([int(k) for k in v.split(".")[:2]] for v in (module.__version__, least))
+        if has < needs:
+            raise ImportError(
+                f"sublin needs {module.__name__} {least} or newer, but {module.__version__} is "
+                f"installed: pip install --upgrade {module.__name__}"
+            )
 
 
 @cache
 def _warn_of_compiling(reason):
     warnings.warn(
-        f"machine code cannot be kept on disk ({reason}), so that every process compiles anew, for "
+        f"machine code cannot be kept on disk ({reason}), so that new processes compile anew, for "
         "some seconds; set NUMBA_CACHE_DIR in the environment to a folder that can be written",
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def _raised_by_numba(error):
+    """Whether an exception comes from the reading and writing of machine code, and not from a
+    signal handler of the caller, say."""
+    trace, theirs = error.__traceback__.tb_next, {"numba", "llvmlite", *sys.stdlib_module_names}
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__", "").split(".")[0] not in theirs:
+            return False
+        trace = trace.tb_next
+    return True
 
 
 class _MachineCode(FunctionCache):
@@ -4148,9 +4676,9 @@ class _MachineCode(FunctionCache):
     def load_overload(self, *signature):
         try:
             return super().load_overload(*signature)
-        except TimeoutError:  # an alarm of the caller
-            raise
-        except UNUSABLE:
+        except Exception as error:  # damaged files raise errors of many kinds
+            if not _raised_by_numba(error):
+                raise
             with suppress(OSError):
                 self.flush()
             return None
@@ -4158,18 +4686,21 @@ class _MachineCode(FunctionCache):
     def save_overload(self, *compiled):
         try:
             super().save_overload(*compiled)
-        except TimeoutError:
-            raise
-        except UNUSABLE as error:
+        except Exception as error:
+            if not _raised_by_numba(error):
+                raise
             _warn_of_compiling(getattr(error, "strerror", None) or repr(error))
 
 
-for _kernel in list(globals().values()):
-    if isinstance(_kernel, Dispatcher) and "nogil" in _kernel.targetoptions:
-        try:
-            _kernel._cache = _MachineCode(_kernel.py_func)
-        except (
-            RuntimeError
-        ):  # from a zipped application, from exec, or where nothing can be written
-            _warn_of_compiling("there is no folder for it")
-            break
+def _keep_machine_code():
+    for kernel in list(globals().values()):
+        if isinstance(kernel, Dispatcher) and "nogil" in kernel.targetoptions:
+            try:
+                kernel._cache = _MachineCode(kernel.py_func)
+            except RuntimeError:  # from a zipped application, from exec, or nothing can be written
+                _warn_of_compiling("there is no folder for it")
+                return
+
+
+_require_versions()
+_keep_machine_code()

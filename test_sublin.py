@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import tracemalloc
 import types
@@ -38,7 +37,7 @@ import scipy.sparse
 import sklearn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scipy.stats import kstest, multivariate_normal, norm
+from scipy.stats import chi2, kstest, multivariate_normal, norm
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from sklearn.ensemble import StackingRegressor, VotingRegressor
@@ -390,35 +389,170 @@ def test_ntk_eigenvalue_bounds_are_those_of_theorem_2_13():
 
 
 # ==================================================================================================
+# Random numbers
+# ==================================================================================================
+
+
+def philox(counter, key):
+    """Philox4x32-10 in Python: four words, of counter (4,) and key (2,)."""
+    counter, key, mask = list(counter), list(key), 0xFFFFFFFF
+    for _ in range(10):
+        one, other = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [
+            *((other >> 32) ^ counter[1] ^ key[0], other & mask),
+            *((one >> 32) ^ counter[3] ^ key[1], one & mask),
+        ]
+        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
+    return counter
+
+
+def words_of(seed, block, stream, counts):
+    """Words (4, counts) of a stream, from its beginning."""
+    key, high = (seed & 0xFFFFFFFF, seed >> 32), (block & 0xFFFFFFFF, block >> 32)
+    return np.array([philox((count, stream, *high), key) for count in range(counts)], np.uint32).T
+
+
+def normals_of(seed, block, stream, size):
+    """The first normals of a stream in float64, from the same words."""
+    lanes, found = sublin.LANES, []
+    groups = -(-size // (4 * lanes))
+    words = words_of(seed, block, stream, lanes * groups).astype(float)
+    more = words_of(seed, block, stream + sublin.TAILS, lanes * groups).astype(float)
+    for group in range(groups):
+        these = slice(group * lanes, (group + 1) * lanes)
+        for half in (0, 2):
+            radii, turns = words[half, these], words[half + 1, these].astype(int)
+            u = (radii + ((turns & 255) + 0.5) / 256) / 2**32
+            u = np.where(radii == 0, (more[half, these] + 0.5) / 2.0**64, u)
+            quadrant, place = turns >> 30, ((turns >> 8) & 0x3FFFFF) + 0.5
+            angle = np.pi / 2 * (quadrant + place / 2**22 - 0.5)
+            found += [np.sqrt(-2 * np.log(u)) * f(angle) for f in (np.cos, np.sin)]
+    return np.concatenate(found)[:size]
+
+
+def uniforms_of(seed, block, stream, size):
+    lanes, found = sublin.LANES, []
+    groups = -(-size // (2 * lanes))
+    words = words_of(seed, block, stream, lanes * groups).astype(np.uint64)
+    for group in range(groups):
+        for half in (0, 2):
+            high, low = words[half : half + 2, group * lanes : (group + 1) * lanes]
+            found.append(((high << np.uint64(20) | low >> np.uint64(12)) + 0.5) / 2.0**52)
+    return np.concatenate(found)[:size]
+
+
+@core
+def test_words_are_the_published_ones_of_philox():
+    """From the known-answer tests of Random123; counters wrap around into what names the stream."""
+    known = {
+        ((0, 0, 0, 0), (0, 0)): "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)): (
+            "d16cfe09 94fdcceb 5001e420 24126ea1"
+        ),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2): "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    }
+    words = np.empty((4, sublin.LANES), np.uint32)
+    for (counter, key), expected in known.items():
+        assert [f"{word:08x}" for word in philox(counter, key)] == expected.split()
+        seed, block = (np.uint64(high << 32 | low) for low, high in (key, counter[2:]))
+        stream, first = counter[1] & 0xFF, (counter[1] >> 8) << 32 | counter[0]
+        sublin._words(seed, block, stream, first, words)
+        assert [f"{word:08x}" for word in words[:, 0]] == expected.split()
+
+
+@core
+def test_numbers_of_a_stream_are_those_of_its_words_and_begin_alike():
+    for seed, block in ((0, 0), (5, 3), (2**63 + 11, 2**40 + 1)):
+        name = np.uint64(seed), np.uint64(block)
+        expected = normals_of(seed, block, 2, 700), uniforms_of(seed, block, 2, 700)
+        for size in (1, 255, 256, 257, 700):
+            normals, uniforms = np.empty(size, np.float32), np.empty(size)
+            sublin._normals(*name, 2, 0, normals)
+            sublin._uniforms(*name, 2, uniforms)
+            np.testing.assert_allclose(normals, expected[0][:size], rtol=2e-6, atol=2e-6)
+            np.testing.assert_array_equal(uniforms, expected[1][:size])
+    assert (
+        len({normals_of(*name, 1)[0] for name in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}) == 4
+    )
+
+
+def test_normals_are_normal():
+    """Moments, tails, lags and a fine chi-square over 2^26 of them."""
+    size, blocks = 1 << 22, 16
+    edges = norm.ppf(np.linspace(0, 1, 4097))
+    cells, sums, lags, tails = np.zeros(4096), np.zeros(6), np.zeros(4), np.zeros(3)
+    numbers = np.empty(size, np.float32)
+    for block in range(blocks):
+        sublin._normals(np.uint64(1), np.uint64(block), 0, 0, numbers)
+        x = numbers.astype(float)
+        cells += np.histogram(x, edges)[0]
+        sums += [(x**k).sum() for k in range(1, 7)]
+        lags += [(x[:-k] * x[k:]).sum() for k in (1, 64, 128, 256)]
+        tails += [(np.abs(x) > k).sum() for k in (3, 4, 5)]
+    count = size * blocks
+    assert chi2.sf(((cells - count / 4096) ** 2 / (count / 4096)).sum(), 4095) > 1e-4
+    moments = np.array([0, 1, 0, 3, 0, 15])
+    spread = np.sqrt(np.array([1, 2, 15, 96, 945, 10170]) / count)
+    assert np.all(np.abs(sums / count - moments) < 4.5 * spread)
+    assert np.all(np.abs(lags) < 4.5 * np.sqrt(count))
+    expected = count * 2 * norm.sf([3, 4, 5])
+    assert np.all(np.abs(tails - expected) < 4.5 * np.sqrt(expected) + 1)
+
+
+def test_normals_go_beyond_what_their_first_words_reach():
+    """Of a word of zeros the radius goes on in another stream, up to 9.5."""
+    uniform, words = np.empty(sublin.LANES, np.float32), np.full((2, sublin.LANES), 0, np.uint32)
+    assert sublin._uniform_radii(words, uniform) == sublin.LANES
+    assert np.all(uniform > 0)
+    block, first, lane = 709798, 63 * sublin.LANES, 6  # of seed 0, stream 0: a word that is 0
+    sublin._words(
+        np.uint64(0), np.uint64(block), 0, first, both := np.empty((4, sublin.LANES), "u4")
+    )
+    assert both[0, lane] == 0
+    normals = np.empty(2 * sublin.LANES, np.float32)
+    sublin._normals(np.uint64(0), np.uint64(block), 0, first, normals)
+    radius = np.hypot(normals[lane], normals[lane + sublin.LANES])
+    sublin._words(np.uint64(0), np.uint64(block), sublin.TAILS, first, both)
+    expected = np.sqrt(-2 * np.log((both[0, lane] + 0.5) / 2.0**64))
+    assert radius == pytest.approx(expected, rel=1e-6) and radius > 6.66
+    for u in (2.0**-65, 1e-12, 0.3, 0.7, 0.99999994):
+        uniform[:] = u
+        cosines, sines = np.empty((2, sublin.LANES), np.float32)
+        turns = np.linspace(0, 2**32 - 1, sublin.LANES).astype(np.uint32)
+        sublin._box_muller(uniform, turns, cosines, sines)
+        radius = np.sqrt(-2 * np.log(np.float32(u).astype(float)))
+        np.testing.assert_allclose(np.hypot(cosines, sines), radius, rtol=1e-6, atol=1e-7)
+    assert np.sqrt(-2 * np.log(2.0**-65)) < sublin.LARGEST_NORMAL
+
+
+# ==================================================================================================
 # Starting weights
 # ==================================================================================================
 
 
 @core
 @inits
-def test_starting_weights_are_philox_keyed_by_seed_and_block_and_signs_a_stream_of_their_own(init):
+def test_starting_weights_are_the_normals_of_seed_and_block_and_signs_a_stream_of_their_own(init):
     seed, width = 7, sublin.BLOCK + 6
-
-    def philox(block, stream):
-        key = np.array([seed, block], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
-
-    net = start(*problem(2, 3), width, init=init, random_state=seed)
+    net = start(*problem(2, 3), width, init=init, random_state=seed, draw="all")
     for block, neurons in ((0, sublin.BLOCK), (1, 6)):
         rows = slice(block * sublin.BLOCK, block * sublin.BLOCK + neurons)
         draws = neurons if init == "gaussian" else neurons // 2
-        normals = philox(block, 0).standard_normal((draws, 3), dtype=np.float32)
-        signs = 2 * philox(block, 1).integers(0, 2, neurons, np.int8) - 1
+        normals = normals_of(seed, block, sublin.VECTORS, 3 * draws).reshape(-1, 3)
+        signs = np.where(uniforms_of(seed, block, sublin.SIGNS, neurons) < 0.5, -1, 1)
         signs = [1, -1] * draws if init == "antisymmetric" else signs
-        np.testing.assert_array_equal(net.W[rows], np.repeat(normals, neurons // draws, axis=0))
+        np.testing.assert_allclose(
+            net.W[rows], np.repeat(normals, neurons // draws, axis=0), atol=1e-5
+        )
         np.testing.assert_array_equal(net.signs[rows], signs)
 
 
 @core
 def test_starting_weights_depend_on_seed_and_width_alone():
-    expected = start(*problem(4, 3), 100)
+    expected = start(*problem(4, 3), 100, draw="all")
     for search, solver, dtype in product(SEARCHES, SOLVERS, ("float32", "float64")):
         options = {"search": search, "solver": solver, "dtype": dtype, "shift": 0.1}
+        options["draw"] = "all"
         found = start(*problem(5, 3, seed=1), 100, **options)
         assert_all_equal(found[1:3], expected[1:3])
     assert not np.array_equal(start(*problem(4, 3), 100, random_state=1).W, expected.W)
@@ -427,7 +561,8 @@ def test_starting_weights_depend_on_seed_and_width_alone():
 @core
 @inits
 def test_a_wider_network_extends_a_narrower_one(init):
-    narrow, wide = (start(*problem(4, 3), width, init=init) for width in (50, 80))
+    options = {"init": init, "draw": "all"}
+    narrow, wide = (start(*problem(4, 3), width, **options) for width in (50, 80))
     assert_all_equal((wide.W[:50], wide.signs[:50]), narrow[1:3])
 
 
@@ -892,7 +1027,7 @@ PROBLEMS = {  # data, then options of the trainer
     ),
     "few neurons": (problem(3, 4), {"width": 14, "shift": -1.0}),
     "two neurons": (problem(2, 3), {"width": 2, "shift": -4.0}),
-    "one neuron": (problem(1, 3), {"width": 1, "init": "gaussian", "shift": -5.0}),
+    "one neuron": (problem(1, 3, seed=1), {"width": 1, "init": "gaussian", "shift": -5.0}),
     "one point": (problem(1, 3), {"width": 200}),
 }
 problems = pytest.mark.parametrize("name", PROBLEMS)
@@ -1040,11 +1175,22 @@ def test_conjugate_gradients_that_drift_away_from_the_true_residual_say_so(solve
 def test_points_without_active_neurons_do_not_drown_the_others():
     """Their dual step grows like 1 / damping, and moves no weight; nor may it drown those of later
     steps in the sum of all, once the point has woken."""
-    X, y = np.array([[-1.0, -1.0, 1.0, 1.0], [1.0, 1.0, -1.0, -1.0]]), np.array([1.0, -1.0])
-    options = {"solver": "cg", "damping": 1e-300, "tol": 1e-300, "normalize": "lift", "max_iter": 4}
-    for search in SEARCHES:
-        fitted = trainer(2, shift=1e-320, search=search, **options).fit(X, y)
-        fitted.set_params(warm_start=True).fit(X, y[::-1]).check()
+    solve, woken = sublin._Cholesky.solve, 0
+
+    def huge(solver, residual):
+        step, inner_iterations = solve(solver, residual)
+        return np.where(solver._J.active_counts() == 0, 1e200, step), inner_iterations
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sublin._Cholesky, "solve", huge)
+        for seed, search in product(range(8), SEARCHES):
+            X, y = problem(8, 3, seed)
+            options = {"shift": 1.2, "damping": 0.02, "search": search, "random_state": seed}
+            fitted = trainer(16, max_iter=0, **options).fit(X, 3 * y)
+            silent = fitted._search.jacobian().active_counts() == 0
+            fitted.set_params(warm_start=True, max_iter=6).fit(X, 3 * y).check()
+            woken += (fitted._search.jacobian().active_counts()[silent] > 0).sum()
+    assert woken > 4
 
 
 @core
@@ -1830,11 +1976,13 @@ def test_rows_that_are_the_mean_of_their_columns_up_to_rounding_have_no_directio
     for offset in (1.0, 1e3, -1e6):
         X = rng.standard_normal((40, 3)) + offset * np.array([5.0, 7.0, 9.0])
         X[3] = np.delete(X, 3, axis=0).mean(axis=0)
-        with pytest.raises(ValueError, match=r'row 3 of X is zero once.*normalize="lift"'):
-            trainer(200, normalize="rows").fit(X, X[:, 0])
-        trainer(200, normalize="lift", max_iter=1).fit(X, X[:, 0]).check()
+        with pytest.raises(
+            ValueError, match=r'row 3 of X is zero, up to rounding, once.*normalize="lift"'
+        ):
+            trainer(200, damping=1e-3, normalize="rows").fit(X, X[:, 0])
+        trainer(200, damping=1e-3, normalize="lift", max_iter=1).fit(X, X[:, 0]).check()
         X[3, 0] += 1e-6 * abs(offset)
-        trainer(200, normalize="rows", max_iter=1).fit(X, X[:, 0]).check()
+        trainer(200, damping=1e-3, normalize="rows", max_iter=1).fit(X, X[:, 0]).check()
 
 
 @core
@@ -2016,28 +2164,6 @@ def test_loaded_trainers_predict_to_the_bit_and_train_on(search, init, normalize
 
 
 @core
-@searches
-@inits
-def test_predictions_after_loading_do_not_depend_on_numpys_generator(
-    search, init, tmp_path, monkeypatch
-):
-    X, y = problem(10, 3)
-    fitted = trainer(200, search=search, init=init, max_iter=3, damping=0.05).fit(X, y)
-    expected = fitted.predict(X)
-    fitted.save(tmp_path / "net")
-    another = lambda start, block, number: np.random.default_rng(block + number)  # noqa: E731
-    monkeypatch.setattr(sublin._Start, "_stream", another)
-    loaded = SublinearTrainer.load(tmp_path / "net")
-    np.testing.assert_array_equal(loaded.predict(X), expected)
-    if init == "antisymmetric" and search != "dense":
-        message = "NumPy's generator has changed since this network was saved"
-        with pytest.raises(ValueError, match=message):
-            loaded.weights()
-    else:
-        assert loaded.weights().shape == (200, 3)
-
-
-@core
 def test_saved_files_hold_no_more_than_live_neurons(tmp_path):
     fitted = trainer(20000, shift=2.5, max_iter=1, damping=1.0).fit(*problem(6, 3))
     fitted.save(tmp_path / "net")
@@ -2053,24 +2179,19 @@ def saved(tmp_path_factory):
 
 
 @core
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_files_of_the_former_format_are_read_and_later_ones_refused(saved, version, tmp_path):
-    path, X = tmp_path / "net", problem(10, 3)[0]
+@pytest.mark.parametrize(
+    "version, why", [(1, "it is from before"), (2, "it is from before"), (9, "its format is")]
+)
+def test_files_of_other_formats_are_refused_with_the_reason(saved, version, why, tmp_path):
+    path = tmp_path / "net"
     path.write_bytes(saved)
-    expected = SublinearTrainer.load(path)
     arrays = dict(np.load(path))
     about = json.loads(arrays["about"].tobytes())
     about["format"] = f"sublin network, version {version}"
-    about |= {"digest": 64 * "0"} if version == 1 else {}
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     with open(path, "wb") as file:
         np.savez(file, **arrays)
-    if version == 3:
-        refuses(path, "its format is 'sublin network, version 3'")
-        return
-    loaded = SublinearTrainer.load(path)
-    np.testing.assert_array_equal(loaded.predict(X), expected.predict(X))
-    loaded.set_params(warm_start=True).fit(*problem(10, 3)).check()
+    refuses(path, why)
 
 
 def refuses(path, why=""):
@@ -2201,7 +2322,7 @@ def test_saving_keeps_modes_follows_links_and_refuses_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # which would wait for ever for somebody to read or write
     for place in ("/dev/null", tmp_path / "pipe", tmp_path / "folder"):
         for use in (fitted.save, SublinearTrainer.load):
-            with pytest.raises(ValueError, match=f"{place}' is a folder or a device"):
+            with pytest.raises(ValueError, match=f"{place}' is a folder, a device"):
                 use(place)
     assert Path("/dev/null").is_char_device()
     assert sorted(os.listdir(tmp_path)) == ["folder", "link to net", "link to new", "net", "pipe"]
@@ -2471,7 +2592,7 @@ def test_drawing_neurons_reports_its_progress(monkeypatch, capsys):
     monkeypatch.setattr(sublin, "BLOCK", 64)
     clock = iter(np.arange(0.0, 1e6, 2.0)).__next__
     monkeypatch.setattr(sublin.time, "perf_counter", clock)
-    trainer(256, verbose=1, max_iter=0).fit(*problem(6, 5))
+    trainer(256, verbose=1, max_iter=0, draw="all").fit(*problem(6, 5))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [f"drawing neurons: {share:4.0%}" for share in (0.25, 0.5, 0.75, 1.0)]
 
@@ -3034,7 +3155,7 @@ REFUSED = {
         (fit(y=Y5 * 1j), r"Complex data not supported: y must be real"),
         (fit(X=2 * X5, normalize=None), r"rows of X must have length 1, but row \d has length 2; "),
         (fit(X=2 * X5, normalize=None), r'pass X / np.linalg.norm.*normalize="rows" or "lift"'),
-        (fit(X=X5[:1], y=[1.0], normalize="rows"), r'row 0 of X is zero once columns are.*"lift"'),
+        (fit(X=X5[:1], y=[1.0], normalize="rows"), r'row 0 of X is zero, up to rounding, once columns are.*"lift"'),
         # options
         (fit(width=0), r"width must be at least 1, got 0"),
         (fit(width=-4), r"width must be at least 1, got -4"),
@@ -3422,19 +3543,13 @@ def test_damaged_and_full_places_for_machine_code_are_compiled_anew(tmp_path):
     again = subprocess.run([*run, code], **options)
     assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
     assert sorted(cache.rglob("*.nb[ic]")) == files  # mended
-    full = """if True:
-        import errno, os
-        from numba.core import caching
-        def save(*arguments):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), arguments[1])
-        caching.IndexDataCacheFile.save = save
-        import sublin
-    """
     for file in files:
         file.unlink()
-    done = subprocess.run([*run, textwrap.dedent(full[full.index("True:") + 5 :]) + FIT], **options)
+    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+    done = subprocess.run([*run, full + code], **options)
     assert (done.returncode, done.stdout) == (0, first.stdout), done.stderr
-    assert done.stderr.count(NO_PLACE) == 1 and "No space left on device" in done.stderr
+    assert done.stderr.count(NO_PLACE) == 1 and "File too large" in done.stderr
 
 
 def test_an_alarm_while_machine_code_is_read_goes_to_the_caller(monkeypatch):
