@@ -477,8 +477,8 @@ def test_numbers_of_a_stream_are_those_of_its_words_and_begin_alike():
 
 
 def test_normals_are_normal():
-    """Moments, tails, lags and a fine chi-square over 2^26 of them."""
-    size, blocks = 1 << 22, 16
+    """Moments, tails, lags and a fine chi-square over 2^25 of them."""
+    size, blocks = 1 << 20, 32
     edges = norm.ppf(np.linspace(0, 1, 4097))
     cells, sums, lags, tails = np.zeros(4096), np.zeros(6), np.zeros(4), np.zeros(3)
     numbers = np.empty(size, np.float32)
@@ -486,7 +486,8 @@ def test_normals_are_normal():
         sublin._normals(np.uint64(1), np.uint64(block), 0, 0, numbers)
         x = numbers.astype(float)
         cells += np.histogram(x, edges)[0]
-        sums += [(x**k).sum() for k in range(1, 7)]
+        powers = np.cumprod(np.broadcast_to(x, (6, size)), axis=0)
+        sums += powers.sum(axis=1)
         lags += [(x[:-k] * x[k:]).sum() for k in (1, 64, 128, 256)]
         tails += [(np.abs(x) > k).sum() for k in (3, 4, 5)]
     count = size * blocks
@@ -600,6 +601,325 @@ def test_a_generator_moves_on_and_none_is_new_every_time():
     for state in (np.random.default_rng(3), np.random.RandomState(3), None):
         first, second = (start(*problem(4, 3), 20, random_state=state).W for _ in range(2))
         assert not np.array_equal(first, second)
+
+
+# ---- Live pairs only -----------------------------------------------------------------------------
+
+
+def law_of(X, shift, width, seed=0, **law):
+    """A start whose live pairs are drawn alone."""
+    stages = law.pop("stages", (X,))
+    rule = sublin._Law(stages, shift, **law)
+    return sublin._Start(seed, width, X.shape[1], "antisymmetric", rule)
+
+
+def live_pairs(start, known=sublin.NOBODY):
+    """Numbers of live pairs, their vectors and products with all points."""
+    blocks = sublin._LiveBlocks(start, known)
+    return tuple(map(np.concatenate, zip(*map(blocks.block, range(blocks.count)), strict=True)))
+
+
+def statistics(vectors, X, shift):
+    """Terms of sums over live vectors: how many, their active points, products, coordinates."""
+    products = vectors @ X.T
+    active = products >= shift
+    count = active.sum(axis=1)
+    live = count > 0
+    some = [live, count, count == 1, count * count, *active.T, *(active * products).T]
+    both = [active[:, i] & active[:, j] for i, j in ((0, 1 % len(X)), (0, len(X) - 1))]
+    moments = [*(live[:, None] * vectors).T, *(live[:, None] * vectors**2).T]
+    return np.array([np.asarray(row, float) for row in some + both + moments])
+
+
+def distance_of_laws(X, shift, pairs, make=live_pairs):
+    """The largest difference between sums over pairs drawn alone and over NumPy's normal vectors,
+    in standard deviations."""
+    vectors = make(law_of(X, shift, 2 * pairs))[1].astype(float)
+    sampled = statistics(vectors, X, shift).sum(axis=1) / pairs
+    rng, total, squares, draws = np.random.default_rng(1), 0.0, 0.0, 0
+    for _ in range(16):
+        terms = statistics(rng.standard_normal((1 << 17, X.shape[1])), X, shift)
+        total, squares, draws = total + terms.sum(1), squares + (terms**2).sum(1), draws + (1 << 17)
+    mean = total / draws
+    variance = squares / draws - mean**2
+    spread = np.sqrt(variance * (1 / pairs + 1 / draws)) + 1e-300
+    return (np.abs(sampled - mean) / spread).max()
+
+
+def near_parallel(n, d, seed=0):
+    X = problem(n, d, seed)[0]
+    return unit_rows(X[:1] + 0.1 * X)
+
+
+LAWS = {
+    "random": (problem(8, 5)[0], 1.5, 1 << 20),
+    "just below the highest rate": (problem(6, 3)[0], 1.34, 1 << 19),
+    "one point": (problem(1, 4)[0], 1.0, 1 << 19),
+    "more points than coordinates": (problem(30, 2)[0], 2.2, 1 << 20),
+    "equal and opposite points": (np.vstack([P := problem(4, 3)[0], P[:2], -P[1:3]]), 1.7, 1 << 20),
+    "near-parallel points": (near_parallel(7, 4), 1.6, 1 << 20),
+    "lengths up to 1e-6 off": (problem(5, 3)[0] * (1 + 1e-6), 1.8, 1 << 20),
+}
+
+
+@pytest.mark.parametrize("X, shift, pairs", LAWS.values(), ids=LAWS)
+def test_pairs_drawn_alone_have_the_law_of_those_among_all_that_fire(X, shift, pairs):
+    assert sublin._LiveBlocks.pay(law_of(X, shift, 2).law)
+    assert distance_of_laws(X, shift, pairs) < 4.8
+
+
+def test_wrong_laws_are_told_from_the_right_one(monkeypatch):
+    X, shift, pairs = LAWS["near-parallel points"]
+    first_firing, proposals = sublin._first_firing, sublin._proposals
+
+    def every(products, vectors, limits, *arguments):
+        return limits - 1  # whatever fires first
+
+    def last(products, vectors, limits, X, shift, rounding):  # count them all, take 1 in count^2
+        count = (vectors @ X.T >= shift).sum(axis=1)
+        taken = np.random.default_rng(0).random(len(vectors)) < 1 / np.maximum(count, 1) ** 2
+        return np.where(taken, limits - 1, limits)
+
+    def no_tail_test(seed, block, pairs, rate, tail, n, room):
+        found, points, lengths = proposals(seed, block, pairs, rate, 1e-9, n, 2 * room)
+        return found, points, np.sqrt(tail**2 + lengths**2)
+
+    for name, wrong in (
+        ("_first_firing", every),
+        ("_first_firing", last),
+        ("_proposals", no_tail_test),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sublin, name, wrong)
+            assert distance_of_laws(X, shift, pairs) > 6
+    assert sublin._first_firing is first_firing
+
+
+@pytest.mark.parametrize("shift", [4.0, 8.0])
+def test_far_thresholds_have_their_exact_tail(shift):
+    """On far apart points live pairs are those of each; z beyond b has the tail's mean."""
+    X, tail = np.vstack([np.eye(4), -np.eye(4)]), norm.sf(shift)
+    width = 2 * int(40_000 / (8 * tail))
+    pairs, vectors, products = live_pairs(law_of(X, shift, width))
+    active = products >= shift
+    expected = width / 2 * tail
+    assert np.all(np.abs(active.sum(axis=0) - expected) < 4.5 * np.sqrt(expected))
+    beyond = products[active] - shift
+    mean = norm.pdf(shift) / tail - shift
+    assert abs(beyond.mean() - mean) < 4.5 * mean / np.sqrt(beyond.size)
+    assert kstest(norm.sf(products[active].astype(float)) / tail, "uniform").pvalue > 1e-4
+    others = vectors[np.arange(len(vectors)), (products.argmax(axis=1) + 1) % 4]
+    assert kstest(others, "norm").pvalue > 1e-4
+    gaps = np.diff(pairs)
+    assert pairs[0] >= 0 and gaps.min() > 0 and pairs[-1] < width / 2
+    assert kstest(pairs / (width / 2), "uniform").pvalue > 1e-4
+
+
+def test_the_number_of_live_pairs_is_binomial():
+    X, shift, pairs = problem(5, 4)[0], 1.6, 2000
+    counts = [live_pairs(law_of(X, shift, 2 * pairs, seed))[0].size for seed in range(1500)]
+    rng = np.random.default_rng(0)
+    p = np.mean(
+        [(rng.standard_normal((1 << 16, 4)) @ X.T >= shift).any(1).mean() for _ in range(16)]
+    )
+    mean, variance = pairs * p, pairs * p * (1 - p)
+    assert abs(np.mean(counts) - mean) < 4.5 * np.sqrt(variance / 1500) + 1.0
+    assert abs(np.var(counts) / variance - 1) < 4.5 * np.sqrt(2 / 1500)
+
+
+@core
+def test_proposals_are_those_of_their_numbers():
+    """Against the same in NumPy, from the same uniform numbers."""
+    for rate, tail, n in ((0.3, 1.2, 5), (0.75, 0.4, 2), (0.01, 2.5, 7)):
+        pairs, points, lengths = sublin._proposals(
+            np.uint64(3), np.uint64(2), 500, rate, tail, n, 600
+        )
+        uniform = uniforms_of(3, 2, sublin.PROPOSALS, 2400).reshape(-1, 4)
+        places = np.cumsum(1 + np.floor(np.log(uniform[:, 0]) / np.log1p(-rate))) - 1
+        z = np.sqrt(tail**2 - 2 * np.log(uniform[:, 2]))
+        kept = (places < 500) & (uniform[:, 3] * z <= tail)
+        np.testing.assert_array_equal(pairs, places[kept])
+        np.testing.assert_array_equal(points, (n * uniform[kept, 1]).astype(int))
+        np.testing.assert_allclose(lengths, z[kept], rtol=1e-14)
+        assert sublin._proposals(np.uint64(3), np.uint64(2), 500, rate, tail, n, 2) is None
+
+
+@core
+def test_bent_vectors_have_the_product_and_the_rest_as_it_was():
+    rng = np.random.default_rng(0)
+    for d in (1, 2, 7, 8, 9, 33):
+        vectors, directions = (
+            rng.standard_normal((20, d)).astype("f4"),
+            unit_rows(rng.standard_normal((3, d))),
+        )
+        points, lengths, before = (
+            rng.integers(0, 3, 20),
+            rng.uniform(2, 5, 20),
+            vectors.astype(float),
+        )
+        sublin._bend(vectors, points, lengths, directions.astype("f4"))
+        x = directions[points]
+        expected = before + (lengths - (before * x).sum(1))[:, None] * x
+        np.testing.assert_allclose(vectors, expected, rtol=1e-5, atol=1e-5)
+
+
+@core
+@pytest.mark.parametrize("shift", [0.0, 0.5, 1.3])
+def test_the_first_point_that_a_vector_fires_on_is_decided_in_float64(shift):
+    rng = np.random.default_rng(0)
+    X, vectors = problem(9, 6)[0], rng.standard_normal((300, 6)).astype(np.float32)
+    exact, limits = vectors.astype(float) @ X.T, rng.integers(0, 10, 300)
+    rounding = sublin._float32_rounding(6)
+    for noise in (0.0, 0.9 * rounding):
+        products = (exact + noise * rng.uniform(-1, 1, exact.shape)).astype(np.float32)
+        found = sublin._first_firing(products, vectors, limits, X, shift, rounding)
+        fires = (exact >= shift) & (np.arange(9) < limits[:, None])
+        expected = np.where(fires.any(axis=1), fires.argmax(axis=1), limits)
+        np.testing.assert_array_equal(found, expected)
+    least = exact[np.arange(300), 4]  # a product that equals the threshold fires
+    for k in range(0, 300, 30):
+        found = sublin._first_firing(
+            exact[k : k + 1].astype("f4"), vectors[k : k + 1], np.array([9]), X, least[k], rounding
+        )
+        assert found[0] == np.argmax(exact[k] >= least[k])
+
+
+def test_live_pairs_have_the_same_bits_in_any_order_and_number_of_threads(monkeypatch):
+    X, y = problem(12, 6)
+    start = law_of(X, 2.0, 1 << 22)
+    blocks = sublin._LiveBlocks(start, sublin.NOBODY)
+    assert blocks.count > 8
+    alone = [blocks.block(number) for number in reversed(range(blocks.count))][::-1]
+    together = list(sublin._LiveBlocks(start, sublin.NOBODY).blocks(lambda *block: block, bool))
+    for one, other in zip(alone, together, strict=True):
+        assert_all_equal(one, other)
+    fits = with_threads(lambda: trainer(1 << 20, shift=2.0, tol=1e-9).fit(X, y))
+    assert_all_equal(*([f.predict(X), values_of(f), f._search.live] for f in fits))
+    narrow, wide = (live_pairs(law_of(X, 2.0, width)) for width in (1 << 18, 1 << 19))
+    kept = wide[0] < 1 << 17
+    assert_all_equal([array[kept] for array in wide[:2]], narrow[:2])
+
+
+@core
+@searches
+def test_every_search_starts_from_the_same_weights_drawn_live(search):
+    X, y = problem(6, 4)
+    options = {"shift": 1.7, "draw": "live", "max_iter": 2, "damping": 1e-3}
+    lazy = trainer(3000, **options).fit(X, y)
+    assert lazy._search.start.law is not None and 0 < lazy.n_live_ < 1500
+    other = trainer(3000, search=search, **options).fit(X, y)
+    np.testing.assert_allclose(other.weights(), lazy.weights(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(values_of(other), values_of(lazy), rtol=1e-9)
+    begun = [
+        trainer(3000, **{**options, "max_iter": 0, "search": s}).fit(X, y) for s in ("lazy", search)
+    ]
+    np.testing.assert_array_equal(begun[0].weights(), begun[1].weights())
+    np.testing.assert_array_equal(begun[1].signs_, np.tile([1, -1], 1500))
+    np.testing.assert_array_equal(begun[0].weights()[::2], begun[0].weights()[1::2])
+    other.check()
+
+
+def test_completed_weights_are_normal_and_dead_where_they_should_be():
+    X, y = problem(6, 4)
+    fitted = trainer(1 << 17, shift=1.7, max_iter=0).fit(X, y)
+    assert fitted._search.start.law is not None
+    W, live = fitted.weights()[::2], fitted._search.live[::2] // 2
+    fires = (W @ X.T >= 1.7).any(axis=1)
+    np.testing.assert_array_equal(np.flatnonzero(fires), np.sort(live))
+    for projection in (*W.T, *(W @ X.T).T):
+        assert kstest(projection, "norm").pvalue > 1e-4
+
+
+def test_draw_says_when_it_cannot_be_live_and_draws_all_where_that_is_faster():
+    X, y = problem(6, 4)
+    with pytest.raises(ValueError, match=r'draw="live" needs init="antisymmetric".*draw="all"'):
+        trainer(64, init="gaussian", draw="live").fit(X, y)
+    for shift in (-np.inf, -1.0, 0.0, 0.3):
+        for draw in ("live", "auto"):
+            shift = max(shift, -1e300)
+            drawn = trainer(300, shift=shift, draw=draw, max_iter=0).fit(X, y)
+            expected = trainer(300, shift=shift, draw="all", max_iter=0).fit(X, y)
+            np.testing.assert_array_equal(drawn.weights(), expected.weights())
+
+
+# ---- And points that come later
+
+
+STAGES = {
+    "new points": (lambda: (problem(4, 3)[0], problem(3, 3, seed=9)[0]), 1.6),
+    "near the old ones": (lambda: (P := problem(4, 3)[0], unit_rows(P + 0.2)), 1.6),
+    "so many that all are drawn again": (
+        lambda: (problem(3, 3)[0], problem(25, 3, seed=9)[0]),
+        1.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("points, shift", STAGES.values(), ids=STAGES)
+def test_pairs_woken_by_later_points_have_their_law(points, shift):
+    """Against normal vectors that are dead on the old points."""
+    (old, new), pairs = points(), 1 << 18
+    first = live_pairs(law_of(old, shift, 2 * pairs))[0]
+    known = np.sort(np.concatenate([2 * first, 2 * first + 1]))
+    start = law_of(old, shift, 2 * pairs, stages=(old, new))
+    numbers, vectors, _ = live_pairs(start, known)
+    assert np.intersect1d(numbers, first).size == 0
+    assert not (vectors.astype(float) @ old.T >= shift).any()
+    assert (vectors.astype(float) @ new.T >= shift).any(axis=1).all()
+    found = statistics(vectors.astype(float), new, shift).sum(axis=1) / (pairs - first.size)
+    rng = np.random.default_rng(2)
+    W = rng.standard_normal((1 << 21, 3))
+    dead = W[~(W @ old.T >= shift).any(axis=1)]
+    terms = statistics(dead, new, shift)
+    spread = terms.std(axis=1) * np.sqrt(1 / (pairs - first.size) + 1 / len(dead)) + 1e-300
+    assert (np.abs(found - terms.mean(axis=1)) / spread).max() < 4.8
+
+
+@core
+@pytest.mark.parametrize("after", SEARCHES)
+@pytest.mark.parametrize("seen", [False, True], ids=["not seen", "seen"])
+def test_warm_starts_with_other_points_agree_with_weights_before_and_after(after, seen):
+    (X, y), (other, targets) = problem(5, 3), problem(4, 3, seed=7)
+    options = {"shift": 1.4, "damping": 1e-2, "max_iter": 3, "warm_start": True, "draw": "live"}
+    fitted = trainer(2000, **options).fit(X, y)
+    assert not fitted._search.start.law.bound
+    before = fitted.weights() if seen else None
+    assert fitted._search.start.law.bound == seen
+    live = fitted._search.live.copy()
+    held = fitted._search._weights(np.arange(live.size))
+    fitted.set_params(search=after, max_iter=0).fit(other, targets).check()
+    W = fitted.weights()
+    np.testing.assert_allclose(W[live], held, rtol=1e-12)
+    if seen:
+        np.testing.assert_array_equal(W, before)
+    new = np.setdiff1d(np.flatnonzero((W @ other.T >= 1.4).any(axis=1)), live)
+    assert new.size > 0 and not (W[new] @ X.T >= 1.4).any()
+    fitted.set_params(max_iter=4).fit(other, targets).check()
+    np.testing.assert_array_equal(
+        fitted.weights()[(W @ other.T < 1.4).all(axis=1)], W[(W @ other.T < 1.4).all(axis=1)]
+    )
+    fitted.set_params(search="lazy").fit(np.vstack([X, other]), np.append(y, targets)).check()
+
+
+@core
+@pytest.mark.parametrize("seen", [False, True], ids=["not seen", "seen"])
+def test_networks_drawn_live_are_saved_and_go_on_alike(seen, tmp_path):
+    (X, y), (other, targets) = problem(5, 3), problem(4, 3, seed=7)
+    options = {"shift": 1.4, "damping": 1e-2, "max_iter": 2, "warm_start": True, "draw": "live"}
+    fitted = trainer(2000, **options).fit(X, y).fit(other, targets)
+    if seen:
+        fitted.weights()
+    fitted.save(tmp_path / "net")
+    loaded = SublinearTrainer.load(tmp_path / "net")
+    copied = pickle.loads(pickle.dumps(fitted))
+    third = problem(6, 3, seed=11)
+    for twin in (loaded, copied):
+        twin.fit(*third).check()
+    fitted.fit(*third)
+    for twin in (loaded, copied):
+        np.testing.assert_array_equal(twin.n_live_, fitted.n_live_)
+        np.testing.assert_allclose(twin.predict(X), fitted.predict(X), rtol=1e-9)
+        np.testing.assert_allclose(twin.weights(), fitted.weights(), rtol=1e-9, atol=1e-12)
 
 
 @inits
@@ -3155,7 +3475,10 @@ REFUSED = {
         (fit(y=Y5 * 1j), r"Complex data not supported: y must be real"),
         (fit(X=2 * X5, normalize=None), r"rows of X must have length 1, but row \d has length 2; "),
         (fit(X=2 * X5, normalize=None), r'pass X / np.linalg.norm.*normalize="rows" or "lift"'),
-        (fit(X=X5[:1], y=[1.0], normalize="rows"), r'row 0 of X is zero, up to rounding, once columns are.*"lift"'),
+        (
+            fit(X=X5[:1], y=[1.0], normalize="rows"),
+            r'row 0 of X is zero, up to rounding, once columns are.*"lift"',
+        ),
         # options
         (fit(width=0), r"width must be at least 1, got 0"),
         (fit(width=-4), r"width must be at least 1, got -4"),
