@@ -319,10 +319,9 @@ def _minus_2_log(u):
 
 
 @njit(nogil=True, error_model="numpy")
-def _uniform_radii(words, uniform):
-    """Numbers in (0, 1) of 40 bits, 8 of them from the lowest of the other word; returns how many
-    of the first 32 bits are all 0."""
-    radii, turns = words
+def _uniform_radii(radii, turns, uniform):
+    """Numbers in (0, 1) of 40 bits, 8 of them from the lowest of `turns`; returns how many of the
+    first 32 bits are all 0."""
     half, zeros = np.float32(0.5), np.uint32(0)
     for lane in range(LANES):
         low = (np.float32(np.int32(turns[lane] & np.uint32(255))) + half) * np.float32(1 / 256)
@@ -365,7 +364,7 @@ def _normals(seed, block, stream, first, out):
         some = out[low : low + 4 * LANES] if whole else last
         _words(seed, block, stream, first + low // 4, words)
         for half in range(0, 4, 2):
-            if _uniform_radii(words[half : half + 2], uniform):
+            if _uniform_radii(words[half], words[half + 1], uniform):
                 # Once in 2^26 times. Without it no number would be larger than 7.5.
                 _words(seed, block, stream + TAILS, first + low // 4, more)
                 for lane in np.flatnonzero(words[half] == 0):
@@ -456,14 +455,18 @@ class _Start(NamedTuple):
             attempt += 1
         return vectors, signs
 
-    def blocks(self, work, live, report=lambda share: None):
-        """Yields work(first neuron, vectors, signs) block by block, for all neurons."""
+    def groups(self, work, live, report=lambda share: None):
+        """work(first neuron, vectors, signs) of every block, in groups as _in_groups has it."""
         size = BLOCK * self.d
 
         def of_block(number):
             return work(number * BLOCK, *self.block(number, live))
 
-        yield from _in_groups(of_block, -(-self.width // BLOCK), size, report)
+        return _in_groups(of_block, -(-self.width // BLOCK), size, report)
+
+    def blocks(self, *arguments):
+        """The same block by block."""
+        return (block for _, blocks in self.groups(*arguments) for block in blocks)
 
     def shown(self):
         """These weights once somebody has seen those of dead neurons, which later fits with other
@@ -472,8 +475,8 @@ class _Start(NamedTuple):
 
 
 def _in_groups(of_block, count, size, report):
-    """Yields of_block(k) for k < count, made by threads in groups; `size` is how many numbers a
-    block has, and `report` is told the share that is done.
+    """Yields (share done, [of_block(k), ...]) for groups of the blocks k < count, made by threads;
+    `size` is how many numbers a block has, and `report` is told the share that is done.
 
     BLAS is held to one thread, so that blocks share the cores evenly and bits do not vary.
     """
@@ -482,9 +485,8 @@ def _in_groups(of_block, count, size, report):
         numbers = range(begin, min(begin + at_once, count))
         with _one_blas_thread():
             done = _map_in_threads(of_block, numbers, len(numbers) * size)
-        for number, block in zip(numbers, done, strict=True):
-            yield block
-            report((number + 1) / count)
+        yield numbers.stop / count, done
+        report(numbers.stop / count)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -556,19 +558,20 @@ def _first_firing(products, vectors, limits, X, shift, rounding):
     """For each vector the first of the points 0, ..., limits[k] - 1 on which it fires, or limits[k]
     if there is none. Its float32 products may be off by `rounding`; it is decided in float64."""
     first = limits.copy()
-    least, one, zero = np.float32(shift - rounding), np.float32(1), np.float32(0)
-    w = np.empty(X.shape[1])
+    least, sure = np.float32(shift - rounding), np.float32(shift + rounding)
+    w, one, zero = np.empty(X.shape[1]), np.float32(1), np.float32(0)
     for k in range(len(products)):
-        row, doubtful = products[k, : limits[k]], zero
-        for i in range(row.size):
-            doubtful += one if row[i] >= least else zero
-        if doubtful == zero:
-            continue
-        w[:] = vectors[k]
-        for i in range(row.size):
-            if row[i] >= least and (row[i] >= shift + rounding or _dot(w, X[i]) >= shift):
-                first[k] = i
-                break
+        row, last, near = products[k, : limits[k]], limits[k] - 1, zero
+        for i in range(last):
+            near += one if row[i] >= least else zero
+        if near == zero and last >= 0 and row[last] >= sure:
+            first[k] = last  # as for most proposals
+        elif near > zero or (last >= 0 and row[last] >= least):
+            w[:] = vectors[k]
+            for i in range(row.size):
+                if row[i] >= least and (row[i] >= sure or _dot(w, X[i]) >= shift):
+                    first[k] = i
+                    break
     return first
 
 
@@ -614,6 +617,18 @@ def _bend(vectors, points, lengths, directions):
             w[z] += lack * x[z]
 
 
+@njit(nogil=True)
+def _move_up(kept, vectors, products):
+    """Moves the rows that are kept to the front; returns how many they are."""
+    count = 0
+    for k in range(kept.size):
+        if kept[k]:
+            if count < k:
+                vectors[count], products[count] = vectors[k], products[k]
+            count += 1
+    return count
+
+
 class _LiveBlocks:
     """The live pairs of a law that are not known yet, block by block: those of its last stage."""
 
@@ -624,6 +639,7 @@ class _LiveBlocks:
         self._old = sum(map(len, law.stages[:-1]))  # points that the known pairs were tested on
         lengths = np.linalg.norm(self._X, axis=1)
         self._directions = (self._X / lengths[:, None]).astype(np.float32)
+        self._X32 = self._X.astype(np.float32)
         self._rounding = _float32_rounding(start.d)
         self._tail = (law.shift - 2.0 * self._rounding) / lengths.max()
         self._rate = proposal_rate(len(self._X), self._tail)
@@ -648,49 +664,61 @@ class _LiveBlocks:
         name = np.uint64(self._start.seed), np.uint64(number | stage << 56)
         low, high = np.searchsorted(self._known, (first, first + size))
         known = self._known[low:high] - first
-        X32, old = self._X.astype(np.float32), self._old
         if self._rate > HIGHEST_RATE:  # in a later stage only: all that are not known, drawn again
-            pairs, vectors = np.zeros(0, np.int64), np.zeros((0, self._start.d), np.float32)
-            again = np.setdiff1d(np.arange(size), known)
-            products = vectors @ X32.T
+            pairs, vectors = NOBODY, np.zeros((0, self._start.d), np.float32)
+            again, products = np.setdiff1d(np.arange(size), known), vectors @ self._X32.T
         else:
-            expected = size * self._rate
-            room, proposals = int(expected + 8 * np.sqrt(expected) + 64), None
-            while proposals is None:
-                proposals = _proposals(*name, size, self._rate, self._tail, len(self._X), room)
-                room *= 2
-            pairs, owners, lengths = proposals
-            new = ~np.isin(pairs, known)
-            pairs, owners, lengths = pairs[new], owners[new], lengths[new]
+            pairs, owners, lengths = self._proposals(name, size)
+            if known.size:
+                new = ~np.isin(pairs, known)
+                pairs, owners, lengths = pairs[new], owners[new], lengths[new]
             vectors = np.empty((pairs.size, self._start.d), np.float32)
             _normals(*name, LIVE_VECTORS, 0, vectors.ravel())
             _bend(vectors, owners, lengths, self._directions)
-            products = vectors @ X32.T
-            limits = owners + 1
-            firsts = _first_firing(products, vectors, limits, self._X, self._shift, self._rounding)
-            kept = firsts == owners
-            again = pairs[kept & (owners < old)]
-            kept &= owners >= old
-            pairs, vectors, products = pairs[kept], vectors[kept], products[kept]
-        attempt = 0
-        while again.size:
-            drawn = np.empty((again.size, self._start.d), np.float32)
-            _normals(*name, AGAIN, attempt << 36, drawn.ravel())
-            theirs = drawn @ X32.T
-            limits = np.full(again.size, len(self._X))
-            firsts = _first_firing(theirs, drawn, limits, self._X, self._shift, self._rounding)
-            woken = (firsts >= old) & (firsts < len(self._X))
-            pairs = np.concatenate([pairs, again[woken]])
-            vectors = np.concatenate([vectors, drawn[woken]])
-            products = np.concatenate([products, theirs[woken]])
-            again, attempt = again[firsts < old], attempt + 1
-        order = np.argsort(pairs, kind="stable")
-        return first + pairs[order], vectors[order], products[order]
+            products = vectors @ self._X32.T
+            kept = self._first_firing(products, vectors, owners + 1) == owners
+            again = pairs[kept & (owners < self._old)]
+            kept &= owners >= self._old
+            pairs, count = pairs[kept], _move_up(kept, vectors, products)
+            vectors, products = vectors[:count], products[:count]
+        if again.size:
+            drawn = self._woken(name, again)
+            both = zip((pairs, vectors, products), drawn, strict=True)
+            pairs, vectors, products = map(np.concatenate, both)
+            order = np.argsort(pairs)
+            pairs, vectors, products = pairs[order], vectors[order], products[order]
+        return first + pairs, vectors, products
 
-    def blocks(self, work, report):
-        """Yields work(pairs, vectors, products) block by block."""
+    def _proposals(self, name, size):
+        """For the pairs 0, ..., size - 1 of a block."""
+        expected = size * self._rate
+        room, proposals = int(expected + 8 * np.sqrt(expected) + 64), None
+        while proposals is None:
+            proposals = _proposals(*name, size, self._rate, self._tail, len(self._X), room)
+            room *= 2
+        return proposals
+
+    def _first_firing(self, products, vectors, limits):
+        return _first_firing(products, vectors, limits, self._X, self._shift, self._rounding)
+
+    def _woken(self, name, pairs):
+        """Of pairs that get normal numbers until they fire on no old point, those that fire on a
+        new one, with vectors and products."""
+        woken, attempt, n = [], 0, len(self._X)
+        while pairs.size:
+            vectors = np.empty((pairs.size, self._start.d), np.float32)
+            _normals(*name, AGAIN, attempt << 36, vectors.ravel())
+            products = vectors @ self._X32.T
+            firsts = self._first_firing(products, vectors, np.full(pairs.size, n))
+            found = (firsts >= self._old) & (firsts < n)
+            woken.append((pairs[found], vectors[found], products[found]))
+            pairs, attempt = pairs[firsts < self._old], attempt + 1
+        return map(np.concatenate, zip(*woken, strict=True))
+
+    def groups(self, work, report):
+        """work(pairs, vectors, products) of every block, in groups as _in_groups yields them."""
         size = PROPOSED * self._start.d
-        yield from _in_groups(lambda k: work(*self.block(k)), self.count, size, report)
+        return _in_groups(lambda k: work(*self.block(k)), self.count, size, report)
 
 
 def proposal_rate(n, tail):
@@ -1104,8 +1132,10 @@ def _count_pairwise(active, low, high, counts):
     """Adds to counts[i, j], j <= i, the neurons low, ..., high - 1 of K that i and j share."""
     for q in range(low, high):
         for e in range(active.offsets[q], active.offsets[q + 1]):
+            i = active.points[e]
             for f in range(active.offsets[q], e + 1):
-                counts[active.points[e], active.points[f]] += 1
+                j = active.points[f]
+                counts[max(i, j), min(i, j)] += 1
 
 
 @intrinsic
@@ -1146,7 +1176,7 @@ WORD = 0.04
 
 def _coactivity(active, n):
     """C (n, n), C_ij = |Q_i and Q_j|: O(n^2 + sum over r of |act(r)|^2), or O(n^2 |K| / 64) where
-    that is less."""
+    that is less. The points of a neuron may be in any order."""
     pairs = float(np.sum(np.diff(active.offsets).astype(float) ** 2))
     in_words = WORD * n * n * active.neurons.size / 64
     count = _count_in_words if in_words < pairs else _count_pairwise
@@ -1782,8 +1812,8 @@ class _Moved(NamedTuple):
 
 def _with_live_pairs(moved, start, report):
     """`moved` and the live pairs of a law that are not known yet."""
-    drawn = _LiveBlocks(start, moved.numbers).blocks(lambda *block: block, report)
-    pairs, vectors, _ = zip(*drawn, strict=True)
+    groups = _LiveBlocks(start, moved.numbers).groups(lambda *block: block, report)
+    pairs, vectors, _ = zip(*(block for _, blocks in groups for block in blocks), strict=True)
     numbers = (2 * np.concatenate(pairs)[:, None] + [0, 1]).ravel()
     numbers = np.concatenate([moved.numbers, numbers])
     weights = np.concatenate([moved.weights, np.repeat(np.concatenate(vectors), 2, axis=0)])
@@ -2571,11 +2601,12 @@ def _add_active_outputs(live, geometry, moments, edges, outputs):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _certify_all(live, geometry, moments, low, high):
-    """Slack and certificates of the neurons low, ..., high - 1, whose products are those of now."""
+def _certify_all(live, geometry, moments, first, low, high):
+    """Slack and certificates of the neurons first + low, ..., first + high - 1, whose products are
+    those of now."""
     rows, certificates, points, products = live
     _, XXt, cross, longest, shift, _, _ = geometry
-    for q in range(low, high):
+    for q in range(first + low, first + high):
         certificates[q] = _certify(
             points, products, rows[q], XXt, cross, longest, shift, moments.distance
         )
@@ -2624,13 +2655,14 @@ def _thresholds(products, least_active, pull, cross, lowered_shift):
 
 
 @njit(nogil=True, fastmath=FAST)
-def _fill_rows(chosen, room, products, vectors, X, shift, thresholds, margins, copies):
+def _fill_rows(chosen, room, products, vectors, geometry, thresholds, margins, copies):
     """Rows of the chosen vectors that fire, each `copies` times: (places among the chosen, ROWs,
-    points, products), the active pairs of a row first.
+    certificates, points, products), the active pairs of a row first.
 
     Candidates come from `products`, which may be wrong by rounding, and are decided in float64.
     """
-    rows = np.zeros(copies * chosen.size, ROW)
+    X, XXt, cross, longest, shift, _, _ = geometry
+    rows, certificates = np.zeros(copies * chosen.size, ROW), np.empty(copies * chosen.size)
     live, points, exact = np.empty(chosen.size, np.int64), np.empty(room, np.uint32), np.empty(room)
     w = np.empty(X.shape[1])
     found = free = 0
@@ -2646,25 +2678,70 @@ def _fill_rows(chosen, room, products, vectors, X, shift, thresholds, margins, c
                 end += 1
         if k == 0:
             continue
-        for twin in range(copies):
-            row, start = rows[copies * found + twin], first + twin * (end - first)
-            row["start"], row["count"], row["active"] = start, end - first, k
-            row["margin"] = ENDURANCE if end - first == len(X) else margins[z]
-            for e in range(first, end if twin > 0 else first):
-                points[start + e - first], exact[start + e - first] = points[e], exact[e]
-        live[found], found, free = z, found + 1, first + copies * (end - first)
-    return live[:found], rows[: copies * found], points[:free], exact[:free]
+        row = rows[copies * found]
+        row.start, row.count, row.active = first, end - first, k
+        row.margin = ENDURANCE if end - first == len(X) else margins[z]
+        certificate = _certify(points, exact, row, XXt, cross, longest, shift, 0.0)
+        certificates[copies * found] = certificate
+        free = end
+        if copies == 2:
+            rows[copies * found + 1], certificates[copies * found + 1] = row, certificate
+            rows[copies * found + 1].start = end
+            for e in range(first, end):
+                points[free], exact[free] = points[e], exact[e]
+                free += 1
+        live[found], found = z, found + 1
+    count = copies * found
+    return live[:found], rows[:count], certificates[:count], points[:free], exact[:free]
 
 
 class _LiveStart(NamedTuple):
     """Live neurons of a stretch of starting vectors."""
 
     vectors: np.ndarray  # (k, d), of one or two neurons each
-    numbers: np.ndarray  # (neurons,)
+    live: np.ndarray  # (neurons,) their own numbers
     signs: np.ndarray  # (neurons,)
     rows: np.ndarray  # (neurons,) ROW, starts within the stretch
-    points: np.ndarray
-    products: np.ndarray
+    certificates: np.ndarray  # (neurons,)
+    points: np.ndarray = np.zeros(0, np.uint32)
+    products: np.ndarray = np.zeros(0)
+
+
+class _Stack:
+    """Arrays that grow as blocks are done, all of which are written in place: after the first group
+    of blocks there is room for as many more as these let expect. Memory that is not written is not
+    taken."""
+
+    def __init__(self, **empty):
+        self.arrays, self.sizes = empty, dict.fromkeys(empty, 0)
+
+    def add(self, starts, done):
+        """Adds some _LiveStarts, after which a share `done` of all has been drawn."""
+        if not starts:
+            return
+        fields = dict(zip(_LiveStart._fields, zip(*starts, strict=True), strict=True))
+        tasks = []
+        for name, parts in fields.items():
+            ends = self.sizes[name] + np.cumsum([len(part) for part in parts])
+            self._reserve(name, int(ends[-1]), int(1.05 * ends[-1] / done) + 1000)
+            if name == "points":
+                firsts = ends - [len(part) for part in parts]
+            tasks += [(name, end, part) for end, part in zip(ends, parts, strict=True)]
+            self.sizes[name] = int(ends[-1])
+        for rows, first in zip(fields["rows"], firsts, strict=True):
+            rows["start"] += first
+
+        def copy_part(task):
+            name, end, part = task
+            self.arrays[name][end - len(part) : end] = part
+
+        _map_in_threads(copy_part, tasks, sum(part.size for _, _, part in tasks))
+
+    def _reserve(self, name, needed, expected):
+        array = self.arrays[name]
+        if needed > len(array):
+            self.arrays[name] = np.empty((max(needed, expected), *array.shape[1:]), array.dtype)
+            self.arrays[name][: self.sizes[name]] = array[: self.sizes[name]]
 
 
 class _CountedJacobian(SparseJacobian):
@@ -2734,24 +2811,22 @@ class _Lazy(_Search):
         pull = np.minimum(MARGIN * np.abs(y) / output_per_move, largest).astype(np.float32)
         if self.start.law is None or (news and self.start.law.bound):
             work = partial(self._live_of_block, pull, moved.numbers)
-            blocks = self.start.blocks(work, moved.numbers, report)
+            groups = self.start.groups(work, moved.numbers, report)
         elif news:
             live_blocks = _LiveBlocks(self.start, moved.numbers)
-            blocks = live_blocks.blocks(partial(self._live_of_pairs, pull), report)
+            groups = live_blocks.groups(partial(self._live_of_pairs, pull), report)
         else:
-            blocks = ()
-        self._lay_out([stretch for block in blocks for stretch in block], moved)
+            groups = ()
         self._margin = np.sqrt(np.mean(pull.astype(float) ** 2))  # a typical one
-        for neurons in self._batches(np.arange(self._n_drawn, self.n_live)):
-            products = self._all_products(neurons)
-            margins = np.full(neurons.size, self._margin)
-            self._place(neurons, products, products >= self.shift, margins)
-        active = self.gathered(np.arange(self.n_live))
+        self._lay_out(groups, moved)
+        everybody = np.arange(self.n_live)
+        active = ActiveSets(everybody, *_active_pairs(self._live, everybody))
         self.counts = _coactivity(active, n)
-        self.changing = active.neurons.size
-        where = self._live, self._geometry, self._moments
-        _over_items(_certify_all, self.n_live, 4 * self._used, *where)
-        self.outputs = self._active_outputs()
+        self.changing = np.count_nonzero(self._live.rows["active"])
+        if moved.numbers.size or self.start.init == "gaussian":
+            self.outputs = self._active_outputs()
+        else:
+            self.outputs = np.zeros(n)  # antisymmetric pairs cancel
         self.looked_at += self.n_live
         self.operations += self._used
 
@@ -2798,35 +2873,45 @@ class _Lazy(_Search):
             thresholds = thresholds[chosen].astype(float)
             margins = np.maximum(0.0, self.shift - rounding - thresholds)
             room = copies * int(kept[chosen].sum())
-            where = products, some, self.X, self.shift, thresholds, margins, copies
+            where = products, some, self._geometry, thresholds, margins, copies
             live, *arrays = _fill_rows(chosen, room, *where)
             chosen = chosen[live]
             own = (numbers[low + chosen][:, None] + np.arange(copies)).ravel()
             found.append(_LiveStart(some[chosen], own, signs[low + chosen].ravel(), *arrays))
         return found
 
-    def _lay_out(self, stretches, moved):
-        """All rows in one stretch of memory; those of moved neurons come last, and are empty."""
-        none = np.zeros((0, self.X.shape[1]), np.float32), NOBODY, np.zeros(0, np.int8)
-        none = *none, np.zeros(0, ROW), np.zeros(0, np.uint32), np.zeros(0)
-        stretches = [_LiveStart(*none), *stretches]
-        vectors, numbers, signs, rows, points, products = zip(*stretches, strict=True)
-        self._vectors = np.concatenate([*vectors, moved.weights])  # float32 if none has moved
+    def _lay_out(self, groups, moved):
+        """All rows in one stretch of memory; those of moved neurons come last."""
         self._copies = self.start.copies
-        self.live = np.concatenate([*numbers, moved.numbers])
-        self.signs = np.concatenate([*signs, moved.signs]).astype(float)
-        self.n_live, self._used = self.live.size, sum(map(len, points))
-        self._n_drawn = self.n_live - moved.numbers.size
-        all_rows = np.zeros(self.n_live, ROW).view(RECORDS)
-        np.concatenate(rows, out=all_rows[: self._n_drawn])
-        starts = np.cumsum([0, *map(len, points)])[:-1]
-        all_rows["start"][: self._n_drawn] += np.repeat(starts, [len(some) for some in rows])
-        all_rows["sign"] = self.signs
-        room = self._used + self._used // 2  # memory that is not written is not taken
-        all_points, all_products = np.empty(room, np.uint32), np.empty(room)
-        np.concatenate(points, out=all_points[: self._used])
-        np.concatenate(products, out=all_products[: self._used])
-        self._live = LiveRows(all_rows, np.full(self.n_live, np.inf), all_points, all_products)
+        dtype = moved.weights.dtype if moved.numbers.size else np.float32
+        stack = _Stack(
+            vectors=np.empty((0, self.X.shape[1]), dtype),
+            live=NOBODY,
+            signs=np.zeros(0),
+            rows=np.zeros(0, ROW),
+            certificates=np.zeros(0),
+            points=np.zeros(0, np.uint32),
+            products=np.zeros(0),
+        )
+        for done, blocks in groups:
+            stack.add([stretch for block in blocks for stretch in block], done)
+        self._n_drawn, size = stack.sizes["rows"], moved.numbers.size
+        empty = np.zeros(size, ROW), np.full(size, np.inf)
+        stack.add([_LiveStart(moved.weights, moved.numbers, moved.signs, *empty)], 1.0)
+        arrays = {name: array[: stack.sizes[name]] for name, array in stack.arrays.items()}
+        self._vectors, self.live, self.signs = arrays["vectors"], arrays["live"], arrays["signs"]
+        self.n_live, self._used = self.live.size, stack.sizes["points"]
+        rows = arrays["rows"].view(RECORDS)
+        rows["sign"] = self.signs
+        pairs = stack.arrays["points"], stack.arrays["products"]
+        self._live = LiveRows(rows, arrays["certificates"], *pairs)
+        moved_ones = np.arange(self._n_drawn, self.n_live)
+        for neurons in self._batches(moved_ones):
+            products = self._all_products(neurons)
+            margins = np.full(neurons.size, self._margin)
+            self._place(neurons, products, products >= self.shift, margins)
+        where = self._live, self._geometry, self._moments, self._n_drawn
+        _over_items(_certify_all, size, 4 * len(self.X) * size, *where)
 
     def _place(self, neurons, products, active, margins):
         """Writes rows of some neurons behind all others: active pairs first, then those whose

@@ -503,7 +503,7 @@ def test_normals_are_normal():
 def test_normals_go_beyond_what_their_first_words_reach():
     """Of a word of zeros the radius goes on in another stream, up to 9.5."""
     uniform, words = np.empty(sublin.LANES, np.float32), np.full((2, sublin.LANES), 0, np.uint32)
-    assert sublin._uniform_radii(words, uniform) == sublin.LANES
+    assert sublin._uniform_radii(*words, uniform) == sublin.LANES
     assert np.all(uniform > 0)
     block, first, lane = 709798, 63 * sublin.LANES, 6  # of seed 0, stream 0: a word that is 0
     sublin._words(
@@ -790,7 +790,7 @@ def test_live_pairs_have_the_same_bits_in_any_order_and_number_of_threads(monkey
     blocks = sublin._LiveBlocks(start, sublin.NOBODY)
     assert blocks.count > 8
     alone = [blocks.block(number) for number in reversed(range(blocks.count))][::-1]
-    together = list(sublin._LiveBlocks(start, sublin.NOBODY).blocks(lambda *block: block, bool))
+    together = [b for _, some in blocks.groups(lambda *block: block, bool) for b in some]
     for one, other in zip(alone, together, strict=True):
         assert_all_equal(one, other)
     fits = with_threads(lambda: trainer(1 << 20, shift=2.0, tol=1e-9).fit(X, y))
@@ -2912,7 +2912,8 @@ def test_drawing_neurons_reports_its_progress(monkeypatch, capsys):
     monkeypatch.setattr(sublin, "BLOCK", 64)
     clock = iter(np.arange(0.0, 1e6, 2.0)).__next__
     monkeypatch.setattr(sublin.time, "perf_counter", clock)
-    trainer(256, verbose=1, max_iter=0, draw="all").fit(*problem(6, 5))
+    width = 4 * 8 * numba.get_num_threads() * 64  # in four groups of blocks
+    trainer(width, verbose=1, max_iter=0, draw="all").fit(*problem(6, 5))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [f"drawing neurons: {share:4.0%}" for share in (0.25, 0.5, 0.75, 1.0)]
 
