@@ -1720,6 +1720,12 @@ SOLVERS = {
 # ==================================================================================================
 
 
+def _outputs_of(X, W, signs, shift):
+    """What neurons with weights W add to sqrt(m) f at the rows of X (k, d)."""
+    parts = [X[low : low + 256] for low in range(0, len(X), 256)]  # 32 MB of products each
+    return np.concatenate([np.maximum(x @ W.T - shift, 0.0) @ signs for x in parts])
+
+
 class _Network(NamedTuple):
     """A trained network, for predictions: weights of live neurons, and how others are drawn."""
 
@@ -1728,14 +1734,14 @@ class _Network(NamedTuple):
     live: np.ndarray  # (n_live,) the live neurons' own numbers, in any order
     signs: np.ndarray  # (n_live,) theirs
     weights: np.ndarray  # (n_live, d) theirs
+    clear: "_Clear | None" = None  # live neurons that are not held
 
     def outputs(self, X):
         """f (k,) at the rows of X (k, d). Antisymmetric dead neurons cancel on every input, and are
         left out."""
 
         def of_block(W, signs):
-            parts = [X[low : low + 256] for low in range(0, len(X), 256)]  # 32 MB of products each
-            return np.concatenate([np.maximum(x @ W.T - self.shift, 0.0) @ signs for x in parts])
+            return _outputs_of(X, W, signs, self.shift)
 
         if self.start.init == "antisymmetric" or self.live.size == self.start.width:
             rows = (slice(low, low + BLOCK) for low in range(0, self.live.size, BLOCK))
@@ -1743,7 +1749,19 @@ class _Network(NamedTuple):
         else:
             trained = self._trained()
             blocks = self.start.blocks(lambda *block: of_block(*trained(*block)), self.live)
-        return sum(blocks, np.zeros(len(X))) / np.sqrt(self.start.width)
+        outputs = sum(blocks, np.zeros(len(X)))
+        if self.clear is not None:
+            outputs = outputs + self.clear.outputs(X, self.shift)
+        return outputs / np.sqrt(self.start.width)
+
+    def whole(self):
+        """This network with all live neurons held."""
+        if self.clear is None:
+            return self
+        numbers, weights, signs = self.clear.held()
+        live, signs = np.append(self.live, numbers), np.append(self.signs, signs)
+        weights = np.concatenate([self.weights, weights])
+        return self._replace(live=live, signs=signs, weights=weights, clear=None)
 
     def _trained(self):
         """A function that puts the trained weights into a block of starting ones."""
@@ -1760,6 +1778,8 @@ class _Network(NamedTuple):
 
     def all_weights(self):
         """Weights of all neurons (m, d) float64."""
+        if self.clear is not None:
+            return self.whole().all_weights()
         width, d = self.start.width, self.start.d
         _check_memory(f"weights() of {width} neurons in {d} dimensions", width * d * 8)
         out = np.empty((width, d))
@@ -1782,6 +1802,8 @@ class _Network(NamedTuple):
     def active_sets(self, X):
         """ActiveSets at the training points X (n, d), with the neurons' own numbers. Only live
         neurons are looked at, so for other points it would miss some."""
+        if self.clear is not None:
+            return self.whole().active_sets(X)
         order = np.argsort(self.live)
         firing = np.flatnonzero(self.weights[order] @ X.T >= self.shift)
         neurons, points = np.divmod(firing, len(X))
@@ -1835,13 +1857,14 @@ class _Search:
     whose products were read.
     """
 
-    def __init__(self, X, y, start, shift, moved, news, dtype, report):
+    def __init__(self, X, y, start, shift, moved, news, lean, dtype, report):
         self.X, self.shift, self.start, self.width = X, shift, start, start.width
         _check_memory(f"Gram matrices of {len(X)} points", 24 * len(X) ** 2, "use fewer points")
         with _one_blas_thread():
             self.XXt = X @ X.T
         self.dtype = dtype
         self.operations = self.looked_at = self.flips = 0
+        self.lean = lean  # whether a lazy search may leave neurons out that cannot flip
         self._begin(y, moved, news, report)
 
     def take_counts(self):
@@ -1854,9 +1877,12 @@ class _Search:
         """The network as it is now."""
         if self._network_of[0] is not self.outputs:
             weights = self._weights(np.arange(self.live.size))
-            network = _Network(self.start, self.shift, self.live, self.signs, weights)
+            held = self.live, self.signs, weights
+            network = _Network(self.start, self.shift, *held, self.clear)
             self._network_of = self.outputs, network
         return self._network_of[1]
+
+    clear = None  # a _Clear where live neurons are not all held
 
     _network_of = None, None  # the outputs, which every step replaces, and their network
 
@@ -2262,9 +2288,21 @@ class _Tree(_Scan):
 # Where the margin is used up, a pair outside the row may have flipped: the row is made anew, from
 # the weights, with a wider margin. That never happens to most.
 
+# A neuron is *clear* if, with reach[i] a bound on how far point i will have pulled, no pair of
+# it can cross b, by (*): its active products are above b by more than its travel can become, the
+# sum of reach over act(r), and all others below by more than cross times that. In wide networks
+# most neurons are. A clear neuron needs no row: it is added to the counts |Q_i and Q_j|, which give
+# its outputs, and forgotten, and drawn again where somebody asks for its weights. Before the flips
+# of a step are looked for |s_i| / sqrt(m) is compared with reach[i]; if it has come further, the
+# search begins again with a wider reach, and takes the same steps.
+
 # Margins at the start are MARGIN times the movement of products that is expected in training, and
 # those of rows made anew are WIDER times as wide as what the row has held.
 MARGIN, WIDER = 1.7, 1.25
+
+# reach is REACH times the movement that the expected Gram matrix predicts, and that of all points
+# on average times LEAST_REACH more. Neurons are forgotten if at most half of them are near.
+REACH, LEAST_REACH = 1.3, 0.1
 
 # Rows are also made anew when they have travelled so far that rounding might be seen: ROUNDING
 # times the travel is taken from the margin, and a row that holds all n pairs, which needs no margin
@@ -2316,6 +2354,19 @@ class Geometry(NamedTuple):
     shift: float
     unit: float  # m^(-1/2)
     entry: float  # cost of an entry of X X^T, see _through_gram
+
+    @classmethod
+    def of(cls, X, XXt, shift, width):
+        others = np.abs(XXt - np.diag(np.diag(XXt)))
+        return cls(
+            X=X,
+            XXt=XXt,
+            cross=max(others.max(), 1e-12),
+            longest=max(1.0, np.diag(XXt).max()),
+            shift=shift,
+            unit=width**-0.5,
+            entry=SCATTERED if len(X) <= 362 else FAR_SCATTERED,  # whether X X^T is below 1 MB
+        )
 
 
 # Numba counts negative indices from the end, which takes three instructions an index, unless it
@@ -2627,12 +2678,13 @@ def _active_pairs(live, chosen):
 
 
 @njit(nogil=True, fastmath=FAST)
-def _thresholds(products, least_active, pull, cross, lowered_shift):
+def _thresholds(products, least_active, pull, cross, lowered_shift, lean):
     """For each row of products: how many reach least_active; if any, the least product to keep,
     lowered_shift - margin; and how many reach that.
 
     Each active point i is expected to pull the weights by pull[i]. The margin is cross times the
-    sum of these, or the length of the move if points were orthogonal, if that is less.
+    sum of these, or, unless `lean`, the length of the move if points were orthogonal, if that is
+    less.
     """
     active, kept = np.zeros(len(products), np.int64), np.zeros(len(products), np.int64)
     thresholds = np.empty(len(products), np.float32)
@@ -2647,7 +2699,8 @@ def _thresholds(products, least_active, pull, cross, lowered_shift):
             square += pulled * pulled
         active[r] = np.int64(count)
         if count > zero:
-            least, count = lowered_shift - min(cross * straight, np.sqrt(square)), zero
+            margin = cross * straight if lean else min(cross * straight, np.sqrt(square))
+            least, count = lowered_shift - margin, zero
             for i in range(row.size):
                 count += one if row[i] >= least else zero
             thresholds[r], kept[r] = least, np.int64(count)
@@ -2655,9 +2708,12 @@ def _thresholds(products, least_active, pull, cross, lowered_shift):
 
 
 @njit(nogil=True, fastmath=FAST)
-def _fill_rows(chosen, room, products, vectors, geometry, thresholds, margins, copies):
-    """Rows of the chosen vectors that fire, each `copies` times: (places among the chosen, ROWs,
-    certificates, points, products), the active pairs of a row first.
+def _fill_rows(
+    chosen, room, products, vectors, geometry, thresholds, margins, copies, pull, wanted, counts
+):
+    """Rows of the chosen vectors that fire and are `wanted`, each `copies` times: (places among the
+    chosen, ROWs, certificates, points, products), the active pairs of a row first; and how many
+    neurons are left out as clear, which are added to counts.
 
     Candidates come from `products`, which may be wrong by rounding, and are decided in float64.
     """
@@ -2665,7 +2721,7 @@ def _fill_rows(chosen, room, products, vectors, geometry, thresholds, margins, c
     rows, certificates = np.zeros(copies * chosen.size, ROW), np.empty(copies * chosen.size)
     live, points, exact = np.empty(chosen.size, np.int64), np.empty(room, np.uint32), np.empty(room)
     w = np.empty(X.shape[1])
-    found = free = 0
+    found = free = left_out = 0
     for z in range(chosen.size):
         w[:] = vectors[chosen[z]]
         first, k, end = free, 0, free
@@ -2678,6 +2734,18 @@ def _fill_rows(chosen, room, products, vectors, geometry, thresholds, margins, c
                 end += 1
         if k == 0:
             continue
+        if wanted != ALL:
+            above, travel = np.inf, 0.0
+            for e in range(first, first + k):
+                above, travel = min(above, exact[e] - shift), travel + pull[points[e]]
+            clear = end == first + k and above > longest * travel
+            if clear and wanted == NEAR:
+                left_out += copies
+                for e in range(first, end):
+                    for f in range(first, end):
+                        counts[points[e], points[f]] += copies
+            if clear != (wanted == CLEAR):
+                continue
         row = rows[copies * found]
         row.start, row.count, row.active = first, end - first, k
         row.margin = ENDURANCE if end - first == len(X) else margins[z]
@@ -2692,7 +2760,8 @@ def _fill_rows(chosen, room, products, vectors, geometry, thresholds, margins, c
                 free += 1
         live[found], found = z, found + 1
     count = copies * found
-    return live[:found], rows[:count], certificates[:count], points[:free], exact[:free]
+    rows, certificates = rows[:count], certificates[:count]
+    return live[:found], rows, certificates, points[:free], exact[:free], left_out
 
 
 class _LiveStart(NamedTuple):
@@ -2705,6 +2774,128 @@ class _LiveStart(NamedTuple):
     certificates: np.ndarray  # (neurons,)
     points: np.ndarray = np.zeros(0, np.uint32)
     products: np.ndarray = np.zeros(0)
+    left_out: int = 0  # clear neurons that have no row
+    counts: np.ndarray | int = 0  # (n, n), of these
+
+
+# Which neurons get rows.
+ALL, NEAR, CLEAR = range(3)
+
+
+class _Sieve(NamedTuple):
+    """What tells live neurons from others, and clear ones from those near the threshold."""
+
+    start: _Start
+    geometry: Geometry
+    pull: np.ndarray  # (n,) float32: expected, or the reach
+    wanted: int
+
+    def of_block(self, moved, first, vectors, signs):
+        """The live neurons of a block of all that have not moved, as a list of _LiveStarts."""
+        copies = self.start.copies
+        numbers = first + copies * np.arange(len(vectors))
+        still = ~np.isin(numbers, moved)  # of twins both have moved, or neither
+        if not still.all():
+            numbers, vectors, signs = (
+                numbers[still],
+                vectors[still],
+                signs[np.repeat(still, copies)],
+            )
+        return self._sift(numbers, vectors, signs.reshape(-1, copies))
+
+    def of_pairs(self, pairs, vectors, products):
+        """The same, of pairs that are live on some of the points seen so far."""
+        signs = np.broadcast_to(np.array([1, -1], np.int8), (pairs.size, 2))
+        known = len(self.start.law.stages) == 1
+        return self._sift(2 * pairs, vectors, signs, products if known else None)
+
+    def _sift(self, numbers, vectors, signs, all_products=None):
+        """Those of some vectors that fire; `numbers` are those of the first neurons of each vector,
+        `signs` (k, copies) those of all."""
+        X, shift = self.geometry.X, self.geometry.shift
+        (n, d), copies, lean = X.shape, self.start.copies, self.wanted != ALL
+        # A neuron may be active from b - rounding on, and what is above b - 2 rounding - margin in
+        # float32 covers b - rounding - margin in float64.
+        rounding = _float32_rounding(d)
+        largest = np.finfo(np.float32).max
+        lowered = np.clip(shift - np.array([1, 2]) * rounding, -largest, largest)
+        least_active, lowered_shift = lowered.astype(np.float32)
+        cross, X32 = np.float32(self.geometry.cross), X.astype(np.float32)
+        pull = self.pull.astype(float)
+        stretch = max(64, (1 << 19) // n)  # vectors whose products take 2 MB
+        found = []
+        for low in range(0, len(vectors), stretch):
+            some = vectors[low : low + stretch]
+            known = all_products is not None
+            products = all_products[low : low + stretch] if known else some @ X32.T
+            limits = least_active, self.pull, cross, lowered_shift, lean
+            active, thresholds, kept = _thresholds(products, *limits)
+            chosen = np.flatnonzero(active)
+            thresholds = thresholds[chosen].astype(float)
+            margins = np.maximum(0.0, shift - rounding - thresholds)
+            room, counts = (
+                copies * int(kept[chosen].sum()),
+                np.zeros((n, n) if lean else (1, 1), int),
+            )
+            where = products, some, self.geometry, thresholds, margins
+            rules = copies, pull, self.wanted, counts
+            live, *arrays, left_out = _fill_rows(chosen, room, *where, *rules)
+            chosen = chosen[live]
+            own = (numbers[low + chosen][:, None] + np.arange(copies)).ravel()
+            names = some[chosen], own, signs[low + chosen].ravel()
+            found.append(_LiveStart(*names, *arrays, left_out, counts if lean else 0))
+        return found
+
+
+class _Clear(NamedTuple):
+    """Clear neurons, as training has moved them: their active sets are those of the start."""
+
+    sieve: _Sieve  # that lets them through
+    sums: np.ndarray  # (n,) s now
+
+    def each(self, work):
+        """work(numbers, weights, signs, offsets, points) for groups of them: their weights, and the
+        points that each is active on."""
+        geometry = self.sieve.geometry
+
+        def of_block(*block):
+            found = []
+            for part in self.sieve._replace(wanted=CLEAR).of_pairs(*block):
+                offsets = np.append(part.rows["start"], part.points.size)
+                pairs = self.sums[part.points], part.points, offsets
+                shape = part.live.size, self.sums.size
+                gamma = scipy.sparse.csr_matrix(pairs, shape=shape)
+                gamma.sort_indices()
+                moves = (-geometry.unit * part.signs)[:, None] * (gamma @ geometry.X)
+                weights = np.repeat(part.vectors, 2, axis=0) + moves
+                found.append(work(part.live, weights, part.signs, offsets, part.points))
+            return found
+
+        groups = _LiveBlocks(self.sieve.start, NOBODY).groups(of_block, bool)
+        return [found for _, blocks in groups for block in blocks for found in block]
+
+    def outputs(self, X, shift):
+        """What they add to sqrt(m) f at the rows of X (k, d)."""
+
+        def work(numbers, weights, signs, *_):
+            return _outputs_of(X, weights, signs, shift)
+
+        return sum(self.each(work), np.zeros(len(X)))
+
+    def held(self):
+        """Their numbers, weights and signs."""
+        parts = self.each(lambda numbers, weights, signs, *_: (numbers, weights, signs))
+        return tuple(map(np.concatenate, zip(*parts, strict=True)))
+
+    def with_active_sets(self, others):
+        """Their ActiveSets, and those of others, together."""
+
+        def pairs_of(numbers, weights, signs, offsets, points):
+            return np.repeat(numbers, np.diff(offsets)) << 32, points
+
+        firsts, points = map(np.concatenate, zip(*self.each(pairs_of), strict=True))
+        keys = np.sort(np.concatenate([_keys(others), firsts | points.astype(np.int64)]))
+        return _grouped(keys >> 32, keys & 0xFFFFFFFF)
 
 
 class _Stack:
@@ -2721,13 +2912,14 @@ class _Stack:
             return
         fields = dict(zip(_LiveStart._fields, zip(*starts, strict=True), strict=True))
         tasks = []
-        for name, parts in fields.items():
+        for name in self.arrays:
+            parts = fields[name]
             ends = self.sizes[name] + np.cumsum([len(part) for part in parts])
-            self._reserve(name, int(ends[-1]), int(1.05 * ends[-1] / done) + 1000)
             if name == "points":
                 firsts = ends - [len(part) for part in parts]
             tasks += [(name, end, part) for end, part in zip(ends, parts, strict=True)]
             self.sizes[name] = int(ends[-1])
+        self._reserve(done)
         for rows, first in zip(fields["rows"], firsts, strict=True):
             rows["start"] += first
 
@@ -2737,11 +2929,17 @@ class _Stack:
 
         _map_in_threads(copy_part, tasks, sum(part.size for _, _, part in tasks))
 
-    def _reserve(self, name, needed, expected):
-        array = self.arrays[name]
-        if needed > len(array):
-            self.arrays[name] = np.empty((max(needed, expected), *array.shape[1:]), array.dtype)
-            self.arrays[name][: self.sizes[name]] = array[: self.sizes[name]]
+    def _reserve(self, done):
+        """Makes room where there is too little for what has been found."""
+        short = [name for name in self.arrays if len(self.arrays[name]) < self.sizes[name]]
+        rooms = {name: int(1.05 * self.sizes[name] / done) + 1000 for name in short}
+        larger = {name: (rooms[name], *self.arrays[name].shape[1:]) for name in short}
+        sizes = [math.prod(larger[name]) * self.arrays[name].itemsize for name in short]
+        _check_memory(f"the rows of {rooms.get('rows', 0)} neurons", sum(sizes))
+        for name, shape in larger.items():
+            array = self.arrays[name]
+            self.arrays[name] = np.empty(shape, array.dtype)
+            self.arrays[name][: len(array)] = array
 
 
 class _CountedJacobian(SparseJacobian):
@@ -2754,7 +2952,7 @@ class _CountedJacobian(SparseJacobian):
 
     @cached_property
     def active(self):
-        return self._search.gathered(np.arange(self._search.n_live))
+        return self._search.gathered(np.arange(self._search.live.size))
 
     @cached_property
     def _signs(self):
@@ -2785,23 +2983,11 @@ class _Lazy(_Search):
 
     @staticmethod
     def check_memory(X, width, shift, dtype):
-        n, d = X.shape
-        expected = n * width * scipy.special.ndtr(-shift)  # active pairs; more are kept
-        needed = 24 * expected + (64 + 2 * d) * min(width, expected)  # pairs; rows and vectors
-        _check_memory(f"live pairs of {n} points and {width} neurons", needed)
+        """What it needs is known once the first blocks are drawn."""
 
-    def _begin(self, y, moved, news, report):
+    def _begin(self, y, moved, news, report, reach=None):
         n = len(self.X)
-        cross = max(np.abs(self.XXt - np.diag(np.diag(self.XXt))).max(), 1e-12)
-        self._geometry = Geometry(
-            X=self.X,
-            XXt=self.XXt,
-            cross=cross,
-            longest=max(1.0, np.diag(self.XXt).max()),
-            shift=self.shift,
-            unit=self.width**-0.5,
-            entry=SCATTERED if n <= 362 else FAR_SCATTERED,  # whether X X^T is below 1 MB
-        )
+        self._geometry = Geometry.of(self.X, self.XXt, self.shift, self.width)
         self._moments = Moments(0, 0, np.zeros((MOMENTS, n)), 0.0)
         self._ledger = _Ledger()
         # Training ends about where every active product has moved by |y_i| / (Phi(-b) sqrt(m)), so
@@ -2809,20 +2995,25 @@ class _Lazy(_Search):
         output_per_move = max(scipy.special.ndtr(-self.shift), 1e-30) * np.sqrt(self.width)
         largest = np.finfo(np.float32).max
         pull = np.minimum(MARGIN * np.abs(y) / output_per_move, largest).astype(np.float32)
+        self._sieve = _Sieve(self.start, self._geometry, pull, ALL)
+        self._begun, self._path = (y, moved, news), []
         if self.start.law is None or (news and self.start.law.bound):
-            work = partial(self._live_of_block, pull, moved.numbers)
+            work = partial(self._sieve.of_block, moved.numbers)
             groups = self.start.groups(work, moved.numbers, report)
         elif news:
             live_blocks = _LiveBlocks(self.start, moved.numbers)
-            groups = live_blocks.groups(partial(self._live_of_pairs, pull), report)
+            if self.lean and not moved.numbers.size:
+                self._sieve = self._lean_sieve(live_blocks, y, reach)
+            groups = live_blocks.groups(self._sieve.of_pairs, report)
         else:
             groups = ()
         self._margin = np.sqrt(np.mean(pull.astype(float) ** 2))  # a typical one
         self._lay_out(groups, moved)
-        everybody = np.arange(self.n_live)
+        everybody = np.arange(self.live.size)
         active = ActiveSets(everybody, *_active_pairs(self._live, everybody))
-        self.counts = _coactivity(active, n)
-        self.changing = np.count_nonzero(self._live.rows["active"])
+        self.counts = _coactivity(active, n) + self._clear_counts
+        self.changing = np.count_nonzero(self._live.rows["active"]) + self._left_out
+        self.n_live = self.live.size + self._left_out
         if moved.numbers.size or self.start.init == "gaussian":
             self.outputs = self._active_outputs()
         else:
@@ -2830,55 +3021,19 @@ class _Lazy(_Search):
         self.looked_at += self.n_live
         self.operations += self._used
 
-    def _live_of_block(self, pull, moved, first, vectors, signs):
-        """The live neurons of a block of all that have not moved, as a list of _LiveStarts."""
-        copies = self.start.copies
-        numbers = first + copies * np.arange(len(vectors))
-        still = ~np.isin(numbers, moved)  # of twins both have moved, or neither
-        if not still.all():
-            numbers, vectors, signs = (
-                numbers[still],
-                vectors[still],
-                signs[np.repeat(still, copies)],
-            )
-        return self._live_starts(pull, numbers, vectors, signs.reshape(-1, copies))
-
-    def _live_of_pairs(self, pull, pairs, vectors, products):
-        """The same, of pairs that are live on some of the points seen so far."""
-        signs = np.tile(np.array([1, -1], np.int8), (pairs.size, 1))
-        if len(self.start.law.stages) > 1 or products.shape[1] != len(self.X):
-            products = None
-        return self._live_starts(pull, 2 * pairs, vectors, signs, products)
-
-    def _live_starts(self, pull, numbers, vectors, signs, all_products=None):
-        """Those of some vectors that fire, as a list of _LiveStarts; `numbers` are those of the
-        first neurons of each vector, `signs` (k, copies) those of all."""
-        (n, d), copies = self.X.shape, self.start.copies
-        # A neuron may be active from b - rounding on, and what is above b - 2 rounding - margin in
-        # float32 covers b - rounding - margin in float64.
-        rounding = _float32_rounding(d)
-        largest = np.finfo(np.float32).max
-        lowered = np.clip(self.shift - np.array([1, 2]) * rounding, -largest, largest)
-        least_active, lowered_shift = lowered.astype(np.float32)
-        cross, X = np.float32(self._geometry.cross), self.X.astype(np.float32)
-        stretch = max(64, (1 << 19) // n)  # vectors whose products take 2 MB
-        found = []
-        for low in range(0, len(vectors), stretch):
-            some = vectors[low : low + stretch]
-            known = all_products is not None
-            products = all_products[low : low + stretch] if known else some @ X.T
-            limits = least_active, pull, cross, lowered_shift
-            active, thresholds, kept = _thresholds(products, *limits)
-            chosen = np.flatnonzero(active)
-            thresholds = thresholds[chosen].astype(float)
-            margins = np.maximum(0.0, self.shift - rounding - thresholds)
-            room = copies * int(kept[chosen].sum())
-            where = products, some, self._geometry, thresholds, margins, copies
-            live, *arrays = _fill_rows(chosen, room, *where)
-            chosen = chosen[live]
-            own = (numbers[low + chosen][:, None] + np.arange(copies)).ravel()
-            found.append(_LiveStart(some[chosen], own, signs[low + chosen].ravel(), *arrays))
-        return found
+    def _lean_sieve(self, live_blocks, y, reach):
+        """A sieve that lets near neurons through only, if at most half of the live ones are."""
+        if reach is None:
+            H = shifted_ntk(self.X, self.shift) + 1e-12 * np.eye(len(y))
+            pulled = np.abs(scipy.linalg.solve(H, y, assume_a="sym")) * self._geometry.unit
+            reach = REACH * pulled + LEAST_REACH * pulled.mean()
+        if not np.isfinite(reach).all():
+            return self._sieve
+        reach = np.nextafter(reach.astype(np.float32), np.float32(np.inf))
+        lean = self._sieve._replace(pull=reach, wanted=NEAR)
+        first = lean.of_pairs(*live_blocks.block(0))
+        near = sum(part.live.size for part in first)
+        return lean if near <= sum(part.left_out for part in first) else self._sieve
 
     def _lay_out(self, groups, moved):
         """All rows in one stretch of memory; those of moved neurons come last."""
@@ -2893,19 +3048,23 @@ class _Lazy(_Search):
             points=np.zeros(0, np.uint32),
             products=np.zeros(0),
         )
+        self._left_out, self._clear_counts = 0, 0
         for done, blocks in groups:
-            stack.add([stretch for block in blocks for stretch in block], done)
+            stretches = [stretch for block in blocks for stretch in block]
+            stack.add(stretches, done)
+            self._left_out += sum(stretch.left_out for stretch in stretches)
+            self._clear_counts = self._clear_counts + sum(stretch.counts for stretch in stretches)
         self._n_drawn, size = stack.sizes["rows"], moved.numbers.size
         empty = np.zeros(size, ROW), np.full(size, np.inf)
         stack.add([_LiveStart(moved.weights, moved.numbers, moved.signs, *empty)], 1.0)
         arrays = {name: array[: stack.sizes[name]] for name, array in stack.arrays.items()}
         self._vectors, self.live, self.signs = arrays["vectors"], arrays["live"], arrays["signs"]
-        self.n_live, self._used = self.live.size, stack.sizes["points"]
+        self._used = stack.sizes["points"]
         rows = arrays["rows"].view(RECORDS)
         rows["sign"] = self.signs
         pairs = stack.arrays["points"], stack.arrays["products"]
         self._live = LiveRows(rows, arrays["certificates"], *pairs)
-        moved_ones = np.arange(self._n_drawn, self.n_live)
+        moved_ones = np.arange(self._n_drawn, self.live.size)
         for neurons in self._batches(moved_ones):
             products = self._all_products(neurons)
             margins = np.full(neurons.size, self._margin)
@@ -2964,24 +3123,32 @@ class _Lazy(_Search):
 
     def mark(self):
         state = self.outputs, self.counts, self.changing, self.flips
-        return {"state": state, "sums": self._sums.copy(), "looks": len(self._ledger.looks)}
+        looks, steps = len(self._ledger.looks), len(self._path)
+        self._open = {"state": state, "sums": self._sums.copy(), "looks": looks, "steps": steps}
+        return self._open
 
     def advance(self, step, lap):
         """W <- W - J^T step, and all that follows from it; returns the number of flips."""
         before = self.flips
-        if self._moments.now - self._moments.first + 3 > MOMENTS:  # undo() takes one more
+        sums = self._sums + step
+        pulled = np.abs(sums) * self._geometry.unit
+        if self._left_out and (pulled > self._sieve.pull * CAUTION).any():
+            self._begin_again(np.maximum(self._sieve.pull, pulled))
+        if self._is_full():
             self._forget()
+        self._path = [*self._path, sums]
         with _one_blas_thread():
             self.outputs = self.outputs - self.gram @ step
         self.operations += step.size**2
-        self._go_to(self._sums + step)
+        self._go_to(sums)
         lap("seconds_update")
         self._look_around()
         lap("seconds_query")
         return self.flips - before
 
     def undo(self, mark):
-        looks = self._ledger.looks
+        mark, looks = self._open, self._ledger.looks  # whose looks may be counted anew
+        self._path = self._path[: mark["steps"]]
         while len(looks) > mark["looks"]:
             for piece in filter(None, looks[-1].pieces):
                 _unflip(self._live, *piece)
@@ -2990,6 +3157,28 @@ class _Lazy(_Search):
         if not np.array_equal(self._sums, mark["sums"]):
             self._go_to(mark["sums"])
         self._look_around()  # a pair within rounding of b may flip
+
+    def _begin_again(self, pulled):
+        """With rows of all neurons for which twice as much pull is not too far, and the same steps:
+        all that it changes is which neurons have rows."""
+        again = object.__new__(_Lazy)
+        for name in ("X", "XXt", "shift", "width", "dtype", "lean"):
+            setattr(again, name, getattr(self, name))
+        again.start = self._sieve.start  # whose dead neurons nobody had seen
+        again.operations = again.looked_at = again.flips = 0
+        again._begin(*self._begun, bool, reach=2.0 * pulled)
+        for sums in self._path:
+            if again._is_full():
+                again._forget()
+            again._go_to(sums)
+            again._look_around()
+        again._path = self._path
+        again._open = {**self._open, "looks": len(again._ledger.looks)}
+        again.operations += self.operations
+        again.looked_at += self.looked_at
+        for name in ("start", "outputs", "counts", "changing", "flips"):
+            setattr(again, name, getattr(self, name))
+        vars(self).update(vars(again))  # one call, which no interrupt divides
 
     def settle(self):
         """Makes sure that `outputs` come from a forward pass."""
@@ -3002,6 +3191,10 @@ class _Lazy(_Search):
         distance += np.abs(sums - self._sums).max() * self._geometry.unit
         distance = np.nextafter(distance, np.inf)  # D is rounded up, and certificates down
         self._moments = Moments(first, now + 1, all_sums, distance)
+
+    def _is_full(self):
+        """Whether moments must be forgotten before a step, after which undo() takes one more."""
+        return self._moments.now - self._moments.first + 3 > MOMENTS
 
     def _forget(self):
         """Looks at all neurons that move, so that earlier moments are not needed any more."""
@@ -3022,7 +3215,7 @@ class _Lazy(_Search):
     def _look(self):
         """Looks at the neurons whose certificates ran out and whose slack is used up; returns how
         many rows are too short."""
-        n, edges = len(self.X), _edges(self.n_live)
+        n, edges = len(self.X), _edges(self.live.size)
         outputs, tally = np.zeros((CHUNKS, n)), np.zeros((CHUNKS, 4), np.int64)
         partial_counts = _counts_of_threads(n)
         pieces = self._ledger.open(self._sums)
@@ -3043,7 +3236,7 @@ class _Lazy(_Search):
             self.outputs = self.outputs + outputs.sum(axis=0)
         looked_at, moving, short, operations = map(int, tally.sum(axis=0))
         self.looked_at += looked_at
-        self.operations += operations + self.n_live
+        self.operations += operations + self.live.size
         self.changing += moving
         self.flips += flips
         return short
@@ -3077,8 +3270,11 @@ class _Lazy(_Search):
     def _active_outputs(self):
         """The outputs, from the products of active pairs."""
         where = self._live, self._geometry, self._moments
-        work = 4 * self._used
-        return _sum_over_chunks(_add_active_outputs, self.n_live, len(self.X), work, *where)
+        size, work, n = self.live.size, 4 * self._used, len(self.X)
+        outputs = _sum_over_chunks(_add_active_outputs, size, n, work, *where)
+        if self._left_out:  # which began as pairs that cancel, and are linear
+            outputs -= (self.XXt * (self._clear_counts / self.width)) @ self._sums
+        return outputs
 
     def gathered(self, order):
         """The active sets of some neurons, named by where they stand in `order`."""
@@ -3089,7 +3285,13 @@ class _Lazy(_Search):
     def active_sets(self):
         order = np.argsort(self.live)
         active = self.gathered(order)
-        return active._replace(neurons=self.live[order[active.neurons]])
+        active = active._replace(neurons=self.live[order[active.neurons]])
+        return self.clear.with_active_sets(active) if self._left_out else active
+
+    @property
+    def clear(self):
+        """The clear neurons that have no rows; None if there are none."""
+        return _Clear(self._sieve, self._sums.copy()) if self._left_out else None
 
     def _weights(self, neurons):
         # Vectors of neurons that were drawn are shared; others have one each.
@@ -3103,16 +3305,16 @@ class _Lazy(_Search):
         """Asserts every invariant of the rows against the weights and all products."""
         rows, certificates, all_points, all_products = self._live
         n, geometry, k = len(self.X), self._geometry, rows["active"]
-        neuron = np.repeat(np.arange(self.n_live), rows["count"])
+        neuron = np.repeat(np.arange(self.live.size), rows["count"])
         rank = np.arange(neuron.size) - np.repeat(np.cumsum(rows["count"]), rows["count"])
         rank += rows["count"][neuron]
         place = rank + rows["start"][neuron]
         points = all_points[place]
-        in_row, active = np.zeros((2, self.n_live, n), bool)
+        in_row, active = np.zeros((2, self.live.size, n), bool)
         in_row[neuron, points], active[neuron, points] = True, rank < k[neuron]
         assert in_row.sum() == neuron.size, "a point is in a row twice"
 
-        weights = self._weights(np.arange(self.n_live))
+        weights = self._weights(np.arange(self.live.size))
         products = weights @ self.X.T
         excess, lengths = products - self.shift, np.linalg.norm(weights, axis=1, keepdims=True)
         tolerance = np.broadcast_to(1e-9 * (1.0 + lengths), products.shape)
@@ -3129,9 +3331,12 @@ class _Lazy(_Search):
         outside = np.where(in_row, -np.inf, excess + margin[:, None])
         assert np.all(outside <= tolerance), "a product within the margin is not in the row"
 
-        assert np.array_equal(self.counts, active.T.astype(int) @ active), "counts are wrong"
+        assert self.n_live == self.live.size + self._left_out, "neurons are lost"
+        counts = active.T.astype(int) @ active + self._clear_counts
+        assert np.array_equal(self.counts, counts), "counts are wrong"
         moving = k > 0
-        assert self.changing == moving.sum(), "the number of neurons that move is wrong"
+        moving_ones = moving.sum() + self._left_out
+        assert self.changing == moving_ones, "the number of neurons that move is wrong"
         # How much further a neuron can travel before it is looked at.
         left = k * (np.where(moving, certificates, 0.0) - self._moments.distance)
         ahead = np.maximum(rows["slack"] - np.where(k == 1, along, travel), left)
@@ -3304,6 +3509,8 @@ def _save(trainer, path):
         if standard is not None:
             fields = standard._asdict().items()
             arrays |= {f"{name}_{key}": np.asarray(value) for key, value in fields}
+    if network.clear is not None:
+        arrays |= {"clear_pull": network.clear.sieve.pull, "clear_sums": network.clear.sums}
     if start.law is not None:
         arrays["law_points"] = start.law.points
         arrays["law_stages"] = np.cumsum([len(stage) for stage in start.law.stages])
@@ -3407,7 +3614,12 @@ def _restored(kind, about, arrays):
     live, signs, weights = arrays["live"], arrays["signs"], arrays["weights"]
     _check_together(weights, signs, live.size, X.shape[1])
     live = _check_indices("live", live, trainer.width) if live.size else np.zeros(0, np.int64)
-    network = _Network(start, about["shift_"], live, signs.astype(float), weights)
+    clear = None
+    if "clear_sums" in arrays:
+        pull, sums = arrays["clear_pull"], _check_vector("sums", arrays["clear_sums"], size=len(X))
+        geometry = Geometry.of(X, X @ X.T, about["shift_"], start.width)
+        clear = _Clear(_Sieve(start, geometry, pull, NEAR), sums)
+    network = _Network(start, about["shift_"], live, signs.astype(float), weights, clear)
     vars(trainer).update(
         {name: about[name] for name in SAVED},
         _scales=_Scales(x_standard, y_standard, about["lift"], about["normalize"]),
@@ -3745,11 +3957,12 @@ class SublinearTrainer:
         if (
             type(search) is SEARCHES[self.search]
             and search.dtype == self.dtype
+            and (search.clear is None or SOLVERS[self.solver] not in (_Sketch, _Richardson))
             and np.array_equal(X, self._X)
         ):
             fitted = {"_y": y, "_unreachable": unreachable}
         else:
-            network = self._trained_network()
+            network = self._trained_network().whole()
             rows = np.argsort(network.live)
             moved = _Moved(*(a[rows] for a in (network.live, network.weights, network.signs)))
             news = True
@@ -3772,7 +3985,9 @@ class SublinearTrainer:
             if news and not start.law.bound:
                 moved = _with_live_pairs(moved, start, progress.drawn)
             start = start.shown()
-        search = kind(X, y, start, shift, moved, news, dtype, progress.drawn)
+        lean = SOLVERS[self.solver] not in (_Sketch, _Richardson)  # which ask for the active sets
+        targets = y - unreachable
+        search = kind(X, targets, start, shift, moved, news, lean, dtype, progress.drawn)
         fitted = {"_X": X, "_y": y, "_unreachable": unreachable, "n_live_": search.n_live}
         return {**fitted, "_search": search, "_network": None, "_unfinished": None}
 

@@ -823,9 +823,10 @@ def test_completed_weights_are_normal_and_dead_where_they_should_be():
     X, y = problem(6, 4)
     fitted = trainer(1 << 17, shift=1.7, max_iter=0).fit(X, y)
     assert fitted._search.start.law is not None
-    W, live = fitted.weights()[::2], fitted._search.live[::2] // 2
-    fires = (W @ X.T >= 1.7).any(axis=1)
-    np.testing.assert_array_equal(np.flatnonzero(fires), np.sort(live))
+    live = np.unique(fitted.active_sets()[1])
+    W = fitted.weights()[::2]
+    fires = np.flatnonzero((W @ X.T >= 1.7).any(axis=1))
+    np.testing.assert_array_equal(np.sort(np.append(2 * fires, 2 * fires + 1)), live)
     for projection in (*W.T, *(W @ X.T).T):
         assert kstest(projection, "norm").pvalue > 1e-4
 
@@ -899,6 +900,153 @@ def test_warm_starts_with_other_points_agree_with_weights_before_and_after(after
         fitted.weights()[(W @ other.T < 1.4).all(axis=1)], W[(W @ other.T < 1.4).all(axis=1)]
     )
     fitted.set_params(search="lazy").fit(np.vstack([X, other]), np.append(y, targets)).check()
+
+
+# ---- Lean: neurons that cannot flip are forgotten
+
+
+def lean_and_full(X, y, width, monkeypatch, **options):
+    """Two fits, without rows of clear neurons and with rows of all."""
+    options = {"draw": "live", "tol": 1e-13, "max_iter": 5, **options}
+    lean = trainer(width, **options).fit(X, y)
+    with monkeypatch.context() as patch:
+        patch.setattr(sublin._Lazy, "_lean_sieve", lambda search, *_: search._sieve)
+        full = trainer(width, **options).fit(X, y)
+    assert full._search.clear is None and full._search.live.size == full.n_live_
+    return lean, full
+
+
+def assert_same_network(lean, full, X):
+    for key in ("flips", "changed", "active", "rejected"):
+        np.testing.assert_array_equal(values_of(lean, key), values_of(full, key))
+    np.testing.assert_allclose(values_of(lean), values_of(full), rtol=1e-6, atol=1e-13)
+    assert lean.n_live_ == full.n_live_
+    new = problem(40, X.shape[1], seed=77)[0]
+    np.testing.assert_allclose(lean.predict(new), full.predict(new), rtol=1e-9, atol=1e-12)
+    assert_all_equal(lean.active_sets(), full.active_sets())
+    np.testing.assert_allclose(lean.weights(), full.weights(), rtol=1e-9, atol=1e-12)
+    lean.check()
+
+
+LEAN = {
+    "small targets": (problem(6, 4), 0.02, 1.7, 4000),
+    "more points than coordinates": (problem(9, 2), 0.003, 2.3, 30000),
+    "opposite and equal points": (
+        (np.vstack([P, P[:1], -P[1:2]]), np.arange(6.0) % 3),
+        0.01,
+        1.8,
+        9000,
+    ),
+    "one point": (problem(1, 3), 0.5, 1.0, 4000),
+    "wide": (problem(8, 6), 0.2, 2.6, 1 << 22),
+}
+
+
+@pytest.mark.parametrize("data, scale, shift, width", LEAN.values(), ids=LEAN)
+@pytest.mark.parametrize("damping", ["auto", 1e-2])
+def test_networks_without_rows_of_clear_neurons_are_the_same(
+    data, scale, shift, width, damping, monkeypatch
+):
+    X, y = data
+    for solver in ("cholesky", "cg", "gradient"):
+        options = {"shift": shift, "damping": damping, "solver": solver}
+        lean, full = lean_and_full(X, scale * y, width, monkeypatch, **options)
+        assert 0 < lean._search.live.size < lean.n_live_ / 2
+        if solver != "cg":  # whose tolerance leaves steps open
+            assert_same_network(lean, full, X)
+
+
+@pytest.mark.parametrize("reach", [1e-3, 0.2, 0.7])
+@pytest.mark.parametrize("damping", ["auto", 0.0, 1e-2])
+def test_a_reach_that_is_exceeded_changes_nothing(reach, damping, monkeypatch):
+    """The search begins again, with rows for more neurons, before it looks for flips."""
+    begun = Broken(sublin._Lazy._begin_again, 0, None)
+    monkeypatch.setattr(sublin._Lazy, "_begin_again", begun)
+    monkeypatch.setattr(sublin, "REACH", reach)
+    monkeypatch.setattr(sublin, "LEAST_REACH", 0.0)
+    for seed in range(3):
+        X, y = problem(6, 4, seed)
+        options = {"shift": 1.5, "damping": damping, "random_state": seed}
+        lean, full = lean_and_full(X, 0.1 * y, 20000, monkeypatch, **options)
+        assert_same_network(lean, full, X)
+    assert next(begun.calls) > 2
+
+
+def test_without_that_check_flips_would_be_missed(monkeypatch):
+    monkeypatch.setattr(sublin, "REACH", 0.01)
+    monkeypatch.setattr(sublin, "LEAST_REACH", 0.0)
+    monkeypatch.setattr(sublin._Lazy, "_begin_again", lambda search, pulled: None)
+    X, y = problem(6, 4)
+    lean, full = lean_and_full(X, y, 20000, monkeypatch, shift=1.5, damping=1e-2)
+    assert lean._search.clear is not None
+    assert values_of(lean, "flips").sum() < values_of(full, "flips").sum()
+    with pytest.raises(AssertionError):
+        lean.check()
+
+
+@pytest.mark.parametrize("name", ["_begin", "_go_to", "_look_around", "_lay_out", "_forget"])
+@pytest.mark.parametrize("after", [False, True], ids=["before its work", "after it"])
+def test_a_beginning_again_that_is_broken_off_changes_nothing(name, after, monkeypatch):
+    monkeypatch.setattr(sublin, "REACH", 0.3)
+    monkeypatch.setattr(sublin, "LEAST_REACH", 0.0)
+    X, y = problem(6, 4)
+    original = sublin._Lazy._begin_again
+    for at in (1, 2, 3):
+        fitted = trainer(20000, shift=1.5, damping=1e-2, draw="live", tol=1e-13, max_iter=6)
+        broken = []
+
+        def begin_again(search, pulled, at=at, broken=broken):
+            broken.append(Broken(getattr(sublin._Lazy, name), at, TimeoutError(name), after))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sublin._Lazy, name, broken[0])
+                original(search, pulled)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sublin._Lazy, "_begin_again", begin_again)
+            with suppress(TimeoutError):
+                fitted.fit(X, 0.1 * y)
+        assert broken
+        assert_whole(fitted, X, 0.1 * y)
+
+
+def test_lean_networks_are_saved_pickled_and_go_on_with_other_points(tmp_path):
+    (X, y), (other, targets) = problem(6, 4), problem(5, 4, seed=9)
+    options = {"shift": 1.7, "damping": 1e-2, "max_iter": 2, "draw": "live", "warm_start": True}
+    fitted = trainer(4000, **options).fit(X, 0.02 * y)
+    assert fitted._search.clear is not None
+    fitted.save(tmp_path / "net")
+    assert (tmp_path / "net").stat().st_size < 8 * 4 * fitted.n_live_ / 2 + 20_000
+    twins = SublinearTrainer.load(tmp_path / "net"), pickle.loads(pickle.dumps(fitted))
+    new = problem(7, 4, seed=5)[0]
+    for twin in twins:
+        np.testing.assert_array_equal(twin.predict(new), fitted.predict(new))
+        assert_all_equal(twin.active_sets(), fitted.active_sets())
+        twin.check()
+        twin.fit(X, 0.02 * y).check()
+    fitted.fit(X, 0.02 * y).check()
+    np.testing.assert_allclose(twins[0].predict(new), fitted.predict(new), rtol=1e-6, atol=1e-9)
+    for search in (*SEARCHES, "lazy"):
+        fitted.set_params(search=search).fit(other, 0.02 * targets).check()
+        fitted.fit(np.vstack([X, other]), 0.02 * np.append(y, targets)).check()
+
+
+def test_solvers_that_ask_for_active_sets_get_rows_of_all_neurons():
+    X, y = problem(6, 4)
+    options = {"shift": 1.7, "damping": 1e-2, "max_iter": 3, "draw": "live"}
+    fitted = trainer(4000, solver="sketch", **options).fit(X, 0.02 * y)
+    assert fitted._search.clear is None
+    fitted = trainer(4000, **options).fit(X, 0.02 * y)
+    assert fitted._search.clear is not None
+    fitted.set_params(warm_start=True, solver="sketch", tol=1e-12).fit(X, 0.02 * y).check()
+    assert fitted._search.clear is None
+
+
+def test_lean_networks_have_the_same_bits_for_any_number_of_threads():
+    X, y = problem(8, 6)
+    fits = with_threads(lambda: trainer(1 << 22, shift=2.6, max_iter=3).fit(X, 0.2 * y))
+    assert fits[0]._search.clear is not None
+    new = problem(7, 6, seed=5)[0]
+    assert_all_equal(*([f.predict(new), values_of(f), f._search.live] for f in fits))
 
 
 @core
@@ -3607,7 +3755,7 @@ REFUSED = {
         (lambda: jacobian(indices=[0, 1, 2, 3, -1]), r"indices must be in 0..3, got -1..3"),
     ],
     MemoryError: [
-        (fit(width=2**40, shift=0.5), r"live pairs of 5 points and 1099511627776 neurons would ne"),
+        (fit(width=2**40, shift=0.5), r"the rows of \d+ neurons would ne"),
         (fit(width=2**40, shift=0.5), r"[\d,.]+ GiB, but [\d,.]+ GiB are available; use fewer neu"),
         (fit(width=2**40, search="scan"), r"[\d,.]+ GiB, but"),
         (fit(width=2**40, search="dense"), r"32,768\.0 GiB, but"),
