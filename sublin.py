@@ -395,10 +395,11 @@ def _uniforms(seed, block, stream, out):
 BLOCK = 1 << 14
 
 
+@njit(nogil=True)
 def _float32_rounding(d):
     """No product of a starting vector with a point, in float32, is further than this from what it
     is in float64."""
-    return (d + 4) * np.finfo(np.float32).eps * LARGEST_NORMAL * np.sqrt(d)
+    return (d + 4) * 2.0**-23 * LARGEST_NORMAL * math.sqrt(d)
 
 
 class _Start(NamedTuple):
@@ -2707,6 +2708,13 @@ def _thresholds(products, least_active, pull, cross, lowered_shift, lean):
     return active, thresholds, kept
 
 
+@njit(inline="always")
+def _count_shared(points, first, end, copies, counts):
+    for e in range(first, end):
+        for f in range(first, end):
+            counts[points[e], points[f]] += copies
+
+
 @njit(nogil=True, fastmath=FAST)
 def _fill_rows(
     chosen, room, products, vectors, geometry, thresholds, margins, copies, pull, wanted, counts
@@ -2722,9 +2730,21 @@ def _fill_rows(
     live, points, exact = np.empty(chosen.size, np.int64), np.empty(room, np.uint32), np.empty(room)
     w = np.empty(X.shape[1])
     found = free = left_out = 0
+    sure = shift + _float32_rounding(X.shape[1])
     for z in range(chosen.size):
-        w[:] = vectors[chosen[z]]
         first, k, end = free, 0, free
+        if wanted == NEAR:  # float32 tells that most are clear
+            above, travel = np.inf, 0.0
+            for i in range(len(X)):
+                if products[chosen[z], i] >= thresholds[z]:
+                    points[end], end = i, end + 1
+                    above, travel = min(above, products[chosen[z], i]), travel + pull[i]
+            if above - sure > longest * travel:
+                left_out += copies
+                _count_shared(points, first, end, copies, counts)
+                continue
+            end = free
+        w[:] = vectors[chosen[z]]
         for i in range(len(X)):
             if products[chosen[z], i] >= thresholds[z]:
                 points[end], exact[end] = i, _dot(w, X[i])
@@ -2741,9 +2761,7 @@ def _fill_rows(
             clear = end == first + k and above > longest * travel
             if clear and wanted == NEAR:
                 left_out += copies
-                for e in range(first, end):
-                    for f in range(first, end):
-                        counts[points[e], points[f]] += copies
+                _count_shared(points, first, end, copies, counts)
             if clear != (wanted == CLEAR):
                 continue
         row = rows[copies * found]
@@ -4406,7 +4424,7 @@ class SublinearTrainer:
         _check_memory(what, 16 * size * n, "use a smaller one")
 
 
-WIDEST = 1 << 40  # drawing so many takes days
+WIDEST = 1 << 50
 
 
 def _norm(y):
