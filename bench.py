@@ -1,6 +1,7 @@
 """Measures sublin, draws the figures in plots/ and writes the numbers of README.md.
 
     python bench.py               the methods against each other
+    python bench.py total         whole fits, drawing included, to the greatest widths
     python bench.py peers         other ways to train the same network
     python bench.py claims        every claim of the paper
     python bench.py ... --quick       a small version of it, which leaves README.md alone
@@ -197,7 +198,7 @@ def spread(values):
 
 
 def power_text(width):
-    return "none" if width is None else f"2^{np.log2(width):.0f}"
+    return "none" if width is None else f"2^{round(float(np.log2(width)), 2):g}"
 
 
 def markdown_table(rows):
@@ -611,6 +612,171 @@ def number_scaling(samples):
     }
 
 
+# ---- Experiment: whole fits, initialisation included ---------------------------------------------
+
+WHOLE = 1e-6  # the relative residual to which they train
+
+RACED = {  # (n, d): greatest exponent of the width for lazy, and for the others
+    (16, 16): (36, 22),
+    (64, 32): (30, 20),
+}
+
+# Widest networks: n, d, exponent of the width.
+LARGEST = ((8, 16, 36), (16, 64, 34), (16, 16, 36), (8, 16, 40), (4, 96, 40), (4, 96, 43.25))
+
+RECORD = """
+import json, time
+import bench
+X, y = bench.random_unit_data({n}, {d})
+bench.train(X, y, 1 << 16, tol=bench.WHOLE)  # compiles
+begin = time.perf_counter()
+net = bench.train(X, y, {width}, tol=1e-9)
+seconds = time.perf_counter() - begin
+lines = open("/proc/self/status").read().splitlines()
+peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+near = net._search.live.size / net.n_live_
+print(json.dumps(dict(seconds=seconds, drawing=net.init_seconds_, gib=peak, live=net.n_live_,
+                      near=near, residual=net.residual_)))
+"""
+
+
+def fit_in_numpy(X, y, width):
+    """A whole fit in plain NumPy, float32, by `sublin.reference`, to WHOLE or to its rounding."""
+    rng = np.random.default_rng(0)
+    X32, y32 = X.astype(np.float32), y.astype(np.float32)
+    W = np.repeat(rng.standard_normal((width // 2, X.shape[1]), dtype=np.float32), 2, axis=0)
+    signs = np.tile(np.array([1.0, -1.0], np.float32), width // 2)
+    shift = sublin.default_shift(width)
+    for _ in range(8):
+        outputs, _, _, W_next = sublin.reference(X32, y32, W, signs, shift)
+        if np.linalg.norm(outputs - y32) <= WHOLE * np.linalg.norm(y32):
+            break
+        W = W_next
+
+
+def measure_total(quick):
+    """Seconds of whole fits, methods in turns; then the widest networks, in processes of their own,
+    where their peak memory is known (Linux)."""
+    runs, samples = 1 if quick else 3, []
+    cases = [
+        (n, d, 1 << k, method)
+        for (n, d), (greatest, others) in RACED.items()
+        for k in range(12, (min(greatest, 20) if quick else greatest) + 1, 2)
+        for method in ("lazy", "tree", "dense", "numpy")
+        if method == "lazy" or k <= (14 if quick else others)
+    ]
+    for n, d in RACED:  # compiles
+        for method in ("lazy", "tree", "dense", "numpy"):
+            whole_fit(*random_unit_data(n, d), 1 << 12, method)
+    for run in range(runs):
+        for n, d, width, method in progress(cases, "whole fits"):
+            if run == 0 or width <= 1 << 30:
+                sample = whole_fit(*random_unit_data(n, d), width, method)
+                size = {"n": n, "d": d, "width": width, "method": method, "run": run}
+                samples.append({"part": "fits", **size, **sample})
+    for n, d, k in progress(LARGEST[:1] if quick else LARGEST, "widest networks"):
+        if os.path.exists("/proc/self/status"):
+            width = 2 * int(2 ** ((24 if quick else k) - 1))
+            size = {"n": n, "d": d, "width": width}
+            samples.append(
+                {"part": "largest", **size, **json.loads(output_of(RECORD.format(**size)))}
+            )
+    return samples
+
+
+def whole_fit(X, y, width, method):
+    begin, live = time.perf_counter(), None
+    if method == "numpy":
+        fit_in_numpy(X, y, width)
+    else:
+        precision = {} if method == "lazy" else {"dtype": "float32", "draw": "all"}
+        live = train(X, y, width, search=method, tol=WHOLE, **precision).n_live_
+    return {"seconds": time.perf_counter() - begin, "live": live}
+
+
+def whole_seconds(samples, n, method):
+    """Widths, and the median seconds of a whole fit at each."""
+    mine = where(samples, part="fits", n=n, method=method)
+    return medians(mine, "width", "seconds")[:2]
+
+
+def total_slope(samples, n, method, key="seconds"):
+    """Exponent of a lazy fit from m = 2^24 on, of the others over their last widths."""
+    mine = where(samples, part="fits", n=n, method=method)
+    widths, values, *_ = medians(mine, "width", key)
+    wide = widths >= (min(1 << 24, widths[-2]) if method == "lazy" else widths[-3])
+    return slope(widths[wide], values[wide])
+
+
+TOTAL_LABELS = {
+    "lazy": "lazy, live neurons only",
+    "tree": "tree",
+    "dense": "dense",
+    "numpy": "plain NumPy",
+}
+
+
+def draw_total(samples):
+    """Seconds of a whole fit against width."""
+    figure, axes = panels(2, height=6.2, sharey=True)
+    for axis, n in zip(axes, distinct(where(samples, part="fits"), "n"), strict=True):
+        for name, label in TOTAL_LABELS.items():
+            widths, seconds = whole_seconds(samples, n, name)
+            look = METHODS[name].look if name in METHODS else {"color": GREEN, "marker": "v"}
+            text = f"{label}, slope {total_slope(samples, n, name):.2f}"
+            axis.plot(widths, seconds, label=text, **{"linewidth": 2, "markersize": 8, **look})
+        mine = where(samples, part="fits", n=n, method="lazy")
+        width_axis(axis, distinct(mine, "width"))
+        axis.set_yscale("log")
+        d = mine[0]["d"]
+        top = axis.secondary_xaxis("top", functions=(lambda m, d=d: m * d, lambda p, d=d: p / d))
+        top.set_xlabel("parameters m d")
+        axis.set_title(f"n = {n} random unit points, d = {d}", pad=12)
+        below(axis)
+    axes[0].set_ylabel("seconds, drawing included")
+    return figure
+
+
+def judge_total(samples):
+    n = distinct(where(samples, part="fits"), "n")[0]
+    exponent = total_slope(samples, n, "lazy")
+    live = total_slope(samples, n, "lazy", "live")
+    yield Claim(
+        "not only steps: the whole fit takes time that grows no faster than m^0.76",
+        "beyond Remark 1.2",
+        "exponent at most 0.76 from m = 2^24 on",
+        f"exponent {exponent:.2f}",
+        bool(exponent <= POWER),
+        f"lazy, drawing included, n = {n}; live neurons grow with exponent {live:.2f}",
+    )
+
+
+def number_total(samples):
+    rows = [["n, d, m", "parameters m d", "live neurons", "near b", "drawing", "whole fit", "peak"]]
+    for s in where(samples, part="largest"):
+        mantissa, exponent = f"{s['width'] * s['d']:.1e}".split("e+")
+        live, of_live = f"{s['live']:.1e}".split("e+")
+        sizes = f"{s['n']}, {s['d']}, {power_text(s['width'])}", f"{mantissa} × 10^{int(exponent)}"
+        shares = f"{live} × 10^{int(of_live)}", percent(s["near"])
+        costs = f"{s['drawing']:.1f} s", f"{s['seconds']:.1f} s", f"{s['gib']:.1f} GiB"
+        rows.append([*sizes, *shares, *costs])
+    numbers = {"largest": f"\n\n{markdown_table(rows)}\n\n"}
+    for n in distinct(where(samples, part="fits"), "n"):
+        seconds = {
+            name: dict(zip(*whole_seconds(samples, n, name), strict=True)) for name in TOTAL_LABELS
+        }
+        widest = max(set(seconds["lazy"]) & set(seconds["numpy"]) & {1 << 20, 1 << 14})
+        for name in ("numpy", "dense"):
+            ratio = seconds[name][widest] / seconds["lazy"][widest]
+            numbers[f"{name} whole {n}"] = times(ratio)
+        numbers[f"total slope {n}"] = f"{total_slope(samples, n, 'lazy'):.2f}"
+    greatest = max(where(samples, part="largest"), key=lambda s: s["width"] * s["d"])
+    numbers["greatest"] = (
+        f"{greatest['width'] * greatest['d']:.1e} parameters in {greatest['seconds']:.0f} s"
+    ).replace("e+", " × 10^")
+    return numbers
+
+
 # ---- Experiment: the first fit, and memory -------------------------------------------------------
 
 FIRST_FIT = """
@@ -636,10 +802,14 @@ print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) /
 
 def printed_by(code, **environment):
     """The number that a new process prints."""
+    return float(output_of(code, **environment))
+
+
+def output_of(code, **environment):
     run = [sys.executable, "-W", "ignore", "-c", code]
     environment = {**os.environ, **environment}
     options = {"cwd": HERE, "env": environment, "capture_output": True, "text": True}
-    return float(subprocess.run(run, check=True, **options).stdout)
+    return subprocess.run(run, check=True, **options).stdout
 
 
 def measure_setup(quick):
@@ -1895,8 +2065,15 @@ def measure_crossover(quick):
         return case["n"] * case["width"] <= 1 << 27
 
     counts = (4, 16) if quick else (4, 16, 64, 256, 1024)
-    race = on_random_data(partial(timed_run, tol=RACE_TOLERANCE, dtype="float32"))
+    paired = {"init": "antisymmetric", "tol": RACE_TOLERANCE, "dtype": "float32"}
     searches = ("lazy", "tree", "scan", "dense")
+
+    def race(n, d, width, seed, search):
+        draw = "auto" if search == "lazy" else "all"  # which is faster for each
+        return timed_run(
+            *random_unit_data(n, d, seed), width, seed, search=search, draw=draw, **paired
+        )
+
     for search in searches:
         race(4, 32, 1 << 12, 0, search=search)  # compiles
     sizes = {"n": counts, "d": [32], "width": powers(8, 12) if quick else powers(8, 20, 3)}
@@ -2005,6 +2182,7 @@ EXPERIMENTS = (
         number=number_scaling,
     ),
     Experiment("setup", "scaling", measure_setup, (), number=number_setup),
+    Experiment("total", "total", measure_total, (draw_total,), judge_total, number_total),
     Experiment("peers", "peers", measure_peers, (draw_peers,), number=number_peers),
     Experiment(
         "contraction", "claims", measure_contraction, (draw_contraction,), judge_contraction

@@ -716,6 +716,22 @@ class _LiveBlocks:
             pairs, attempt = pairs[firsts < self._old], attempt + 1
         return map(np.concatenate, zip(*woken, strict=True))
 
+    def vectors(self, pairs):
+        """The vectors of some live pairs (k, d), from the blocks that hold them."""
+        order = np.argsort(pairs)
+        numbers, firsts = np.unique(pairs[order] // self._pairs, return_index=True)
+        found = np.empty((pairs.size, self._start.d), np.float32)
+
+        def fill(task):
+            number, these = task
+            held, vectors, _ = self.block(number)
+            found[these] = vectors[np.searchsorted(held, pairs[these])]
+
+        with _one_blas_thread():
+            tasks = list(zip(numbers.tolist(), np.split(order, firsts[1:]), strict=True))
+            _map_in_threads(fill, tasks, len(tasks) * PROPOSED * self._start.d)
+        return found
+
     def groups(self, work, report):
         """work(pairs, vectors, products) of every block, in groups as _in_groups yields them."""
         size = PROPOSED * self._start.d
@@ -1877,6 +1893,8 @@ class _Search:
     def network(self):
         """The network as it is now."""
         if self._network_of[0] is not self.outputs:
+            what = f"weights of {self.live.size} neurons in {self.X.shape[1]} dimensions"
+            _check_memory(what, 24 * self.live.size * self.X.shape[1])
             weights = self._weights(np.arange(self.live.size))
             held = self.live, self.signs, weights
             network = _Network(self.start, self.shift, *held, self.clear)
@@ -3057,8 +3075,9 @@ class _Lazy(_Search):
         """All rows in one stretch of memory; those of moved neurons come last."""
         self._copies = self.start.copies
         dtype = moved.weights.dtype if moved.numbers.size else np.float32
+        lean = self._sieve.wanted == NEAR  # its vectors are drawn again where they are asked for
         stack = _Stack(
-            vectors=np.empty((0, self.X.shape[1]), dtype),
+            **({} if lean else {"vectors": np.empty((0, self.X.shape[1]), dtype)}),
             live=NOBODY,
             signs=np.zeros(0),
             rows=np.zeros(0, ROW),
@@ -3076,7 +3095,8 @@ class _Lazy(_Search):
         empty = np.zeros(size, ROW), np.full(size, np.inf)
         stack.add([_LiveStart(moved.weights, moved.numbers, moved.signs, *empty)], 1.0)
         arrays = {name: array[: stack.sizes[name]] for name, array in stack.arrays.items()}
-        self._vectors, self.live, self.signs = arrays["vectors"], arrays["live"], arrays["signs"]
+        self._vectors = arrays.get("vectors")
+        self.live, self.signs = arrays["live"], arrays["signs"]
         self._used = stack.sizes["points"]
         rows = arrays["rows"].view(RECORDS)
         rows["sign"] = self.signs
@@ -3312,9 +3332,12 @@ class _Lazy(_Search):
         return _Clear(self._sieve, self._sums.copy()) if self._left_out else None
 
     def _weights(self, neurons):
-        # Vectors of neurons that were drawn are shared; others have one each.
-        drawn = np.minimum(neurons, self._n_drawn)
-        start = self._vectors[drawn // self._copies + (neurons - drawn)].astype(float)
+        if self._vectors is None:
+            blocks = _LiveBlocks(self._sieve.start, NOBODY)
+            start = blocks.vectors(self.live[neurons] // 2).astype(float)
+        else:  # vectors of neurons that were drawn are shared; others have one each
+            drawn = np.minimum(neurons, self._n_drawn)
+            start = self._vectors[drawn // self._copies + (neurons - drawn)].astype(float)
         pairs = _active_pairs(self._live, neurons)
         gamma = self._ledger.gamma(neurons, *pairs, self._sums)
         return start - (self.signs[neurons] / np.sqrt(self.width))[:, None] * (gamma @ self.X)

@@ -4391,6 +4391,7 @@ VERDICTS = [
     ("paths", "paths", "positions", {"flipped / active": 0.1}, {"flipped / active": 0.11}),
     ("descent", "descent", "number of steps", {"steps": 4}, lambda s: {"steps": s["n"]}),
     ("shift", "runs", "one b", RUN, {"end": "stuck"}),
+    ("total", "fits", "the whole fit", *(growing("seconds", p) for p in (0.7, 0.9))),
     ("crossover", "races", "less time", won_by("lazy"), won_by("dense")),
 ]
 MEASURED = {}  # samples of experiments, by name
