@@ -728,7 +728,8 @@ class _LiveBlocks:
             found[these] = vectors[np.searchsorted(held, pairs[these])]
 
         with _one_blas_thread():
-            tasks = list(zip(numbers.tolist(), np.split(order, firsts[1:]), strict=True))
+            parts = np.split(order, firsts[1:])[: numbers.size]
+            tasks = list(zip(numbers.tolist(), parts, strict=True))
             _map_in_threads(fill, tasks, len(tasks) * PROPOSED * self._start.d)
         return found
 
@@ -3068,8 +3069,8 @@ class _Lazy(_Search):
         reach = np.nextafter(reach.astype(np.float32), np.float32(np.inf))
         lean = self._sieve._replace(pull=reach, wanted=NEAR)
         first = lean.of_pairs(*live_blocks.block(0))
-        near = sum(part.live.size for part in first)
-        return lean if near <= sum(part.left_out for part in first) else self._sieve
+        near, left_out = sum(p.live.size for p in first), sum(p.left_out for p in first)
+        return lean if near <= left_out > 0 else self._sieve
 
     def _lay_out(self, groups, moved):
         """All rows in one stretch of memory; those of moved neurons come last."""
