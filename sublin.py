@@ -3820,11 +3820,10 @@ class SublinearTrainer:
     sketch : "sparse", "srht" or "gaussian".
     sketch_size : int >= n, rows of the sketch; None is max(8 n, 4 d), with 64 (n + 8) for
         "richardson".
-    draw : "all" draws every neuron, O(n m d), from the seed alone; "live", for "antisymmetric"
-        pairs only, no pair that fires on no point, which is the same network in law,
-        O(n m^0.76 n d): dead neurons are drawn where somebody asks for them. "auto" is "live"
-        where that takes less time. For given seed, X, width and shift the weights are the same for
-        every search.
+    draw : "all" draws every neuron, from the seed alone. "live" draws no antisymmetric pair that
+        fires on no point, which is the same network in law; dead neurons are drawn where somebody
+        asks for them. It is "all" where proposals would take as long, and "auto" is "live" where it
+        can be. For given seed, X, width and shift the weights are the same for every search.
     init : "antisymmetric", neurons in pairs (w, +1), (w, -1), so that f = 0 at the start; or
         "gaussian", independent signs as in the paper.
     damping : float >= 0, 0 being the paper's pure step; or "auto", Levenberg-Marquardt: the
@@ -3863,13 +3862,13 @@ class SublinearTrainer:
         active on some point when the search began and, except with "dense", all that an earlier
         fit held), init_seconds_ (float), signs_ (m,) int8.
 
-    Memory: "lazy" holds the starting weights of live neurons, 56 bytes more for each, and 12 for
-    each pair near the threshold, a few times sum |Q_i|; nothing of size m. "scan" holds n m
-    products and "tree" (1 + 1/15) n m, both with the starting weights of live neurons; "dense"
-    holds m d weights.
-    Costs: fit takes O(n m d) once, then for each step the search as above and the solver, O(n^3)
-    for "cholesky". It raises ValueError, TypeError or MemoryError on bad input, LinAlgError when
-    the Gram matrix is singular and damping is zero.
+    Memory: "lazy" holds for each live neuron its starting weights, 80 bytes more, and 12 for each
+    pair near the threshold; nothing of size m. Where at most half of the live neurons are near the
+    threshold it holds these only, without their weights. "scan" holds n m products and "tree"
+    (1 + 1/15) n m, both with the starting weights of live neurons; "dense" holds m d weights.
+    Costs: fit takes O(n m d) once, or O(n d) for each live neuron with draw="live"; then for each
+    step the search as above and the solver, O(n^3) for "cholesky". It raises ValueError, TypeError
+    or MemoryError on bad input, LinAlgError when the Gram matrix is singular and damping is zero.
     """
 
     # The mark of a step that has begun and is not in history_, and the progress of its fit.
@@ -4204,7 +4203,8 @@ class SublinearTrainer:
         """Outputs (k,) of the trained network at X (k, d), in the units of y.
 
         O(k d n_live) with init="antisymmetric", whose dead neurons cancel; O(k d m) otherwise, and
-        with search="dense". init="gaussian" draws the weights of dead neurons again.
+        with search="dense". init="gaussian" draws the weights of dead neurons again, and a very
+        wide network those of live ones that it does not hold, O(n d) each.
         """
         network = self._trained_network()
         X = self._scales.unit_rows(_check_features(X, self))
