@@ -29,10 +29,11 @@ Notation (the paper's symbol, its name here, its meaning, its shape)
     Q_i     active    neurons active on x_i: {r : <w_r, x_i> >= b}                      set
     act(r)  --        points on which neuron r is active: {i : r in Q_i}                set
     K       neurons   neurons active on some point, which are those a step changes      set
-    --      live      neurons active on some point at the start, or of an earlier fit:  set
-                      all that ever change. The others are dead
+    --      live      neurons active on some point at the start, or held by an earlier  set
+                      fit. No others ever change: they are dead
     --      pair      a neuron r and a point i; it is active if r is in Q_i
-    --      flip      a pair that became active, or ceased to be, in a step
+    --      flip      a pair that became active, or ceased to be, in a step: the neuron
+                      wakes or falls asleep on the point. To fire is to be active
     J       J         Jacobian; block (i, r) is m^(-1/2) a_r x_i^T if r in Q_i, else 0  (n, m d)
     G       gram      Gram matrix J J^T                                                 (n, n)
     g       step      dual step of Gauss-Newton                                         (n,)
@@ -48,9 +49,10 @@ Where the paper disagrees with itself we read: (z - b)_+ for the activation, m^(
 the sum, "active" as >= b, m d columns in J, g = R z in Algorithm 5, and its tolerance relative to
 ||f - y||.
 
-The module reads from top to bottom: one step in plain NumPy, the problem and its kernel, starting
-weights, trees, the Jacobian, sketches, solvers, trained networks, searches, the lazy search,
-scaling, saving, the trainer; then what needs no mathematics, checks of input and threads.
+The module reads from top to bottom: one step in plain NumPy, the problem and its kernel, random
+numbers, starting weights, trees, the Jacobian, sketches, solvers, trained networks, searches, the
+lazy search, scaling, saving, the trainer; then what needs no mathematics: checks of input, threads,
+versions and the place of machine code.
 
 Further references
 
@@ -130,8 +132,8 @@ CHUNKS = 64
 
 
 def _quiet(public):
-    """For what users call: the caller's np.seterr, of which underflow may be an error, has no say
-    in what is computed."""
+    """Decorates what users call: the caller's np.seterr, by which underflow may be an error,
+    changes nothing in it."""
 
     @wraps(public)
     def called(*arguments, **options):
@@ -277,6 +279,9 @@ def _regression_tolerance(X, shift):
 
 LANES = 64  # counters that are turned into words side by side, in vector registers
 
+# A name is made of a seed of 64 bits, a block of 64, of which the highest 24 are a stage of live
+# drawing, a stream of 8, and a counter of 56, of which the highest 24 are an attempt.
+
 # Streams of a block; the words of stream + TAILS extend those of a stream where 32 bits end.
 VECTORS, SIGNS, PROPOSALS, LIVE_VECTORS, AGAIN, DEAD_VECTORS, TAILS = 0, 1, 2, 3, 4, 5, 128
 
@@ -287,16 +292,16 @@ LARGEST_NORMAL = 9.5
 @njit(nogil=True)
 def _words(seed, block, stream, first, words):
     """Philox4x32-10 of the counters first, ..., first + LANES - 1: words (4, LANES) uint32."""
-    low, high = np.uint32(0xFFFFFFFF), np.uint64(32)
+    mask, half = np.uint32(0xFFFFFFFF), np.uint64(32)
     for lane in range(LANES):
         counter = np.uint64(first) + np.uint64(lane)
-        a, b = np.uint32(counter), np.uint32(stream) | np.uint32(counter >> high) << np.uint32(8)
-        c, d = np.uint32(block), np.uint32(block >> high)
-        key, other_key = np.uint32(seed), np.uint32(seed >> high)
+        a, b = np.uint32(counter), np.uint32(stream) | np.uint32(counter >> half) << np.uint32(8)
+        c, d = np.uint32(block), np.uint32(block >> half)
+        key, other_key = np.uint32(seed), np.uint32(seed >> half)
         for _ in range(10):
             one, other = np.uint64(a) * np.uint64(0xD2511F53), np.uint64(c) * np.uint64(0xCD9E8D57)
-            a, b = np.uint32(other >> high) ^ np.uint32(b) ^ key, np.uint32(other) & low
-            c, d = np.uint32(one >> high) ^ np.uint32(d) ^ other_key, np.uint32(one) & low
+            a, b = np.uint32(other >> half) ^ np.uint32(b) ^ key, np.uint32(other) & mask
+            c, d = np.uint32(one >> half) ^ np.uint32(d) ^ other_key, np.uint32(one) & mask
             key, other_key = np.uint32(key + 0x9E3779B9), np.uint32(other_key + 0xBB67AE85)
         words[0, lane], words[1, lane], words[2, lane], words[3, lane] = a, b, c, d
 
@@ -319,14 +324,14 @@ def _minus_2_log(u):
 
 
 @njit(nogil=True, error_model="numpy")
-def _uniform_radii(radii, turns, uniform):
-    """Numbers in (0, 1) of 40 bits, 8 of them from the lowest of `turns`; returns how many of the
-    first 32 bits are all 0."""
+def _uniform_radii(high, low, uniform):
+    """uniform[lane] = a number in (0, 1) of 40 bits, 32 of `high` and the lowest 8 of `low`;
+    returns in how many lanes `high` is 0."""
     half, zeros = np.float32(0.5), np.uint32(0)
     for lane in range(LANES):
-        low = (np.float32(np.int32(turns[lane] & np.uint32(255))) + half) * np.float32(1 / 256)
-        uniform[lane] = (np.float32(radii[lane]) + low) * np.float32(0.99999994 / 2**32)
-        zeros += np.uint32(1) if radii[lane] == 0 else np.uint32(0)
+        last = (np.float32(np.int32(low[lane] & np.uint32(255))) + half) * np.float32(1 / 256)
+        uniform[lane] = (np.float32(high[lane]) + last) * np.float32(0.99999994 / 2**32)
+        zeros += np.uint32(1) if high[lane] == 0 else np.uint32(0)
     return zeros
 
 
@@ -402,6 +407,10 @@ def _float32_rounding(d):
     return (d + 4) * 2.0**-23 * LARGEST_NORMAL * math.sqrt(d)
 
 
+def _to_nobody(share):
+    """A report that nobody reads."""
+
+
 class _Start(NamedTuple):
     """The weights before training, which are drawn again whenever they are asked for.
 
@@ -449,14 +458,14 @@ class _Start(NamedTuple):
         left[(live[low:high] - first) // 2] = False
         attempt, again = 0, np.empty_like(vectors)
         while left.any():  # normal numbers until they fire nowhere
-            _normals(*name, DEAD_VECTORS, attempt << 36, again.ravel())
+            _normals(*name, DEAD_VECTORS, attempt << 32, again.ravel())
             places = np.flatnonzero(left)
             vectors[places] = again[places]
             left[places] = self.law.fires(vectors[places])
             attempt += 1
         return vectors, signs
 
-    def groups(self, work, live, report=lambda share: None):
+    def groups(self, work, live, report=_to_nobody):
         """work(first neuron, vectors, signs) of every block, in groups as _in_groups has it."""
         size = BLOCK * self.d
 
@@ -472,7 +481,7 @@ class _Start(NamedTuple):
     def shown(self):
         """These weights once somebody has seen those of dead neurons, which later fits with other
         points may then wake, but not draw anew."""
-        return self if self.law is None else self._replace(law=self.law._replace(bound=True))
+        return self if self.law is None else self._replace(law=self.law._replace(seen=True))
 
 
 def _in_groups(of_block, count, size, report):
@@ -532,13 +541,27 @@ class _Law(NamedTuple):
 
     stages: tuple  # of (n_s, d) arrays
     shift: float
-    bound: bool = (
-        False  # whether dead neurons have been seen, so that points are not added any more
-    )
+    seen: bool = False  # whether dead neurons have been: then no points are added any more
 
     @property
     def points(self):
         return np.concatenate(self.stages)
+
+    @property
+    def tail(self):
+        """Where normal numbers of proposals begin: no vector fires on x_i whose product with
+        x_i / |x_i| is less."""
+        X = self.points
+        lengths = np.linalg.norm(X, axis=1)
+        return (self.shift - 2.0 * _float32_rounding(X.shape[1])) / lengths.max()
+
+    @property
+    def rate(self):
+        """Proposals a pair, n phi(t) / t for the tail t: a probability where it is below 1."""
+        t = self.tail
+        if t <= 0:
+            return math.inf
+        return len(self.points) * math.exp(-0.5 * t * t) / (t * math.sqrt(2.0 * math.pi))
 
     def fires(self, vectors):
         """Which of the vectors (k, d) float32 fire on some point (k,)."""
@@ -631,7 +654,8 @@ def _move_up(kept, vectors, products):
 
 
 class _LiveBlocks:
-    """The live pairs of a law that are not known yet, block by block: those of its last stage."""
+    """The live pairs of a law that are not `known` yet, ascending numbers of both neurons of each
+    pair, block by block: those of its last stage."""
 
     def __init__(self, start, known):
         law = start.law
@@ -642,19 +666,10 @@ class _LiveBlocks:
         self._directions = (self._X / lengths[:, None]).astype(np.float32)
         self._X32 = self._X.astype(np.float32)
         self._rounding = _float32_rounding(start.d)
-        self._tail = (law.shift - 2.0 * self._rounding) / lengths.max()
-        self._rate = proposal_rate(len(self._X), self._tail)
+        self._tail, self._rate = law.tail, law.rate
         most = start.width // 2
         self._pairs = max(BLOCK // 2, int(min(PROPOSED / max(self._rate, 1e-300), most)))
         self.count = -(-start.width // (2 * self._pairs))
-
-    @classmethod
-    def pay(cls, law):
-        """Whether they take less time than all pairs."""
-        return (
-            cls(_Start(0, 2, law.points.shape[1], "antisymmetric", law), NOBODY)._rate
-            <= HIGHEST_RATE
-        )
 
     def block(self, number):
         """Pairs (k,), ascending, their vectors (k, d), and the products of these with all points
@@ -662,7 +677,7 @@ class _LiveBlocks:
         first = number * self._pairs
         size = min(self._pairs, self._start.width // 2 - first)
         stage = len(self._start.law.stages) - 1
-        name = np.uint64(self._start.seed), np.uint64(number | stage << 56)
+        name = np.uint64(self._start.seed), np.uint64(number | stage << 40)
         low, high = np.searchsorted(self._known, (first, first + size))
         known = self._known[low:high] - first
         if self._rate > HIGHEST_RATE:  # in a later stage only: all that are not known, drawn again
@@ -708,7 +723,7 @@ class _LiveBlocks:
         woken, attempt, n = [], 0, len(self._X)
         while pairs.size:
             vectors = np.empty((pairs.size, self._start.d), np.float32)
-            _normals(*name, AGAIN, attempt << 36, vectors.ravel())
+            _normals(*name, AGAIN, attempt << 32, vectors.ravel())
             products = vectors @ self._X32.T
             firsts = self._first_firing(products, vectors, np.full(pairs.size, n))
             found = (firsts >= self._old) & (firsts < n)
@@ -737,13 +752,6 @@ class _LiveBlocks:
         """work(pairs, vectors, products) of every block, in groups as _in_groups yields them."""
         size = PROPOSED * self._start.d
         return _in_groups(lambda k: work(*self.block(k)), self.count, size, report)
-
-
-def proposal_rate(n, tail):
-    """Probability that a pair gets a proposal, n phi(t) / t; inf for thresholds t <= 0."""
-    if tail <= 0:
-        return math.inf
-    return n * math.exp(-0.5 * tail * tail) / (tail * math.sqrt(2 * math.pi))
 
 
 def _for_each_neuron(work):
@@ -1776,6 +1784,8 @@ class _Network(NamedTuple):
         """This network with all live neurons held."""
         if self.clear is None:
             return self
+        size = self.live.size + self.clear.count
+        _check_memory(f"weights of {size} live neurons", 24 * size * self.start.d)
         numbers, weights, signs = self.clear.held()
         live, signs = np.append(self.live, numbers), np.append(self.signs, signs)
         weights = np.concatenate([self.weights, weights])
@@ -1796,10 +1806,10 @@ class _Network(NamedTuple):
 
     def all_weights(self):
         """Weights of all neurons (m, d) float64."""
-        if self.clear is not None:
-            return self.whole().all_weights()
         width, d = self.start.width, self.start.d
         _check_memory(f"weights() of {width} neurons in {d} dimensions", width * d * 8)
+        if self.clear is not None:
+            return self.whole().all_weights()
         out = np.empty((width, d))
         if self.live.size == width:
             out[self.live] = self.weights
@@ -1814,6 +1824,7 @@ class _Network(NamedTuple):
         """Signs of all neurons (m,) int8."""
         if self.live.size == self.start.width:
             return self.signs[np.argsort(self.live)].astype(np.int8)
+        _check_memory(f"signs of {self.start.width} neurons", 2 * self.start.width)
         blocks = range(-(-self.start.width // BLOCK))
         return np.concatenate([self.start.signs(number) for number in blocks])
 
@@ -1964,7 +1975,7 @@ FLIP = np.dtype([("neuron", np.int32), ("point", np.int32), ("sign", np.int32)])
 
 
 def _keys(active):
-    """Active pairs as ascending numbers."""
+    """Active pairs as ascending numbers; neurons are below 2^31, as places in `live` are."""
     return np.repeat(active.neurons, np.diff(active.offsets)) << 32 | active.points
 
 
@@ -1992,7 +2003,7 @@ class _Dense(_ForwardPass):
     """X W^T anew in every step, by BLAS: O(m n d) [BPSW21, CGH+19]. Holds W."""
 
     @staticmethod
-    def check_memory(X, width, shift, dtype):
+    def check_memory(X, width, dtype):
         what = f'search="dense" with {width} neurons'
         _check_memory(what, width * X.shape[1] * dtype.itemsize, NARROWER)
 
@@ -2157,7 +2168,7 @@ class _Scan(_ForwardPass):
     height = 1  # levels of the trees: a scan is a search in trees of leaves alone
 
     @classmethod
-    def check_memory(cls, X, width, shift, dtype):
+    def check_memory(cls, X, width, dtype):
         what = f"products of {len(X)} points and {width} neurons"
         rows = int(_levels(width)[: cls.height + 1][-1])
         _check_memory(what, len(X) * rows * dtype.itemsize, NARROWER)
@@ -2308,8 +2319,10 @@ class _Tree(_Scan):
 # Where the margin is used up, a pair outside the row may have flipped: the row is made anew, from
 # the weights, with a wider margin. That never happens to most.
 
-# A neuron is *clear* if, with reach[i] a bound on how far point i will have pulled, no pair of
-# it can cross b, by (*): its active products are above b by more than its travel can become, the
+#
+# Call |s_i| / sqrt(m) the *pull* of point i: its share of the travel of neurons active on it since
+# the start. A neuron is *clear* if, with reach[i] a bound on the pull in all of training, no pair
+# of it can cross b, by (*): its active products are above b by more than its travel can become, the
 # sum of reach over act(r), and all others below by more than cross times that. In wide networks
 # most neurons are. A clear neuron needs no row: it is added to the counts |Q_i and Q_j|, which give
 # its outputs, and forgotten, and drawn again where somebody asks for its weights. Before the flips
@@ -2699,8 +2712,8 @@ def _active_pairs(live, chosen):
 
 @njit(nogil=True, fastmath=FAST)
 def _thresholds(products, least_active, pull, cross, lowered_shift, lean):
-    """For each row of products: how many reach least_active; if any, the least product to keep,
-    lowered_shift - margin; and how many reach that.
+    """For each row of products (k, n): how many reach least_active; if any, the least product to
+    keep, lowered_shift - margin, which is undefined otherwise; and how many reach that.
 
     Each active point i is expected to pull the weights by pull[i]. The margin is cross times the
     sum of these, or, unless `lean`, the length of the move if points were orthogonal, if that is
@@ -2774,10 +2787,13 @@ def _fill_rows(
         if k == 0:
             continue
         if wanted != ALL:
-            above, travel = np.inf, 0.0
+            above, below, travel = np.inf, np.inf, 0.0
             for e in range(first, first + k):
                 above, travel = min(above, exact[e] - shift), travel + pull[points[e]]
-            clear = end == first + k and above > longest * travel
+            for e in range(first + k, end):
+                below = min(below, shift - exact[e])
+            clear = above > longest * travel and below > cross * travel
+            end = first + k if clear else end
             if clear and wanted == NEAR:
                 left_out += copies
                 _count_shared(points, first, end, copies, counts)
@@ -2887,7 +2903,8 @@ class _Sieve(NamedTuple):
 class _Clear(NamedTuple):
     """Clear neurons, as training has moved them: their active sets are those of the start."""
 
-    sieve: _Sieve  # that lets them through
+    count: int
+    sieve: _Sieve  # that lets the others through
     sums: np.ndarray  # (n,) s now
 
     def each(self, work):
@@ -2908,7 +2925,7 @@ class _Clear(NamedTuple):
                 found.append(work(part.live, weights, part.signs, offsets, part.points))
             return found
 
-        groups = _LiveBlocks(self.sieve.start, NOBODY).groups(of_block, bool)
+        groups = _LiveBlocks(self.sieve.start, NOBODY).groups(of_block, _to_nobody)
         return [found for _, blocks in groups for block in blocks for found in block]
 
     def outputs(self, X, shift):
@@ -2928,17 +2945,18 @@ class _Clear(NamedTuple):
         """Their ActiveSets, and those of others, together."""
 
         def pairs_of(numbers, weights, signs, offsets, points):
-            return np.repeat(numbers, np.diff(offsets)) << 32, points
+            return np.repeat(numbers, np.diff(offsets)), points.astype(np.int64)
 
-        firsts, points = map(np.concatenate, zip(*self.each(pairs_of), strict=True))
-        keys = np.sort(np.concatenate([_keys(others), firsts | points.astype(np.int64)]))
-        return _grouped(keys >> 32, keys & 0xFFFFFFFF)
+        theirs = np.repeat(others.neurons, np.diff(others.offsets)), others.points
+        pairs = zip(theirs, *self.each(pairs_of), strict=True)
+        neurons, points = map(np.concatenate, pairs)
+        order = np.lexsort((points, neurons))
+        return _grouped(neurons[order], points[order])
 
 
 class _Stack:
-    """Arrays that grow as blocks are done, all of which are written in place: after the first group
-    of blocks there is room for as many more as these let expect. Memory that is not written is not
-    taken."""
+    """Arrays that grow as blocks are done, and are written in place: room is made for as much as
+    the share that is done lets expect, since memory that is never written costs nothing."""
 
     def __init__(self, **empty):
         self.arrays, self.sizes = empty, dict.fromkeys(empty, 0)
@@ -3019,7 +3037,7 @@ class _Lazy(_Search):
     placed_anew = 0  # rows made anew in training, for those who look inside
 
     @staticmethod
-    def check_memory(X, width, shift, dtype):
+    def check_memory(X, width, dtype):
         """What it needs is known once the first blocks are drawn."""
 
     def _begin(self, y, moved, news, report, reach=None):
@@ -3034,7 +3052,7 @@ class _Lazy(_Search):
         pull = np.minimum(MARGIN * np.abs(y) / output_per_move, largest).astype(np.float32)
         self._sieve = _Sieve(self.start, self._geometry, pull, ALL)
         self._begun, self._path = (y, moved, news), []
-        if self.start.law is None or (news and self.start.law.bound):
+        if self.start.law is None or (news and self.start.law.seen):
             work = partial(self._sieve.of_block, moved.numbers)
             groups = self.start.groups(work, moved.numbers, report)
         elif news:
@@ -3068,7 +3086,8 @@ class _Lazy(_Search):
             return self._sieve
         reach = np.nextafter(reach.astype(np.float32), np.float32(np.inf))
         lean = self._sieve._replace(pull=reach, wanted=NEAR)
-        first = lean.of_pairs(*live_blocks.block(0))
+        with _one_blas_thread():
+            first = lean.of_pairs(*live_blocks.block(0))
         near, left_out = sum(p.live.size for p in first), sum(p.left_out for p in first)
         return lean if near <= left_out > 0 else self._sieve
 
@@ -3172,7 +3191,7 @@ class _Lazy(_Search):
         sums = self._sums + step
         pulled = np.abs(sums) * self._geometry.unit
         if self._left_out and (pulled > self._sieve.pull * CAUTION).any():
-            self._begin_again(np.maximum(self._sieve.pull, pulled))
+            self._begin_again(np.where(pulled > self._sieve.pull, 2.0 * pulled, self._sieve.pull))
         if self._is_full():
             self._forget()
         self._path = [*self._path, sums]
@@ -3186,7 +3205,10 @@ class _Lazy(_Search):
         return self.flips - before
 
     def undo(self, mark):
-        mark, looks = self._open, self._ledger.looks  # whose looks may be counted anew
+        mark, looks = (
+            self._open,
+            self._ledger.looks,
+        )  # `mark`, but for what _begin_again has changed
         self._path = self._path[: mark["steps"]]
         while len(looks) > mark["looks"]:
             for piece in filter(None, looks[-1].pieces):
@@ -3197,15 +3219,14 @@ class _Lazy(_Search):
             self._go_to(mark["sums"])
         self._look_around()  # a pair within rounding of b may flip
 
-    def _begin_again(self, pulled):
-        """With rows of all neurons for which twice as much pull is not too far, and the same steps:
-        all that it changes is which neurons have rows."""
+    def _begin_again(self, reach):
+        """With a wider reach, and the same steps: only which neurons have rows changes."""
         again = object.__new__(_Lazy)
         for name in ("X", "XXt", "shift", "width", "dtype", "lean"):
             setattr(again, name, getattr(self, name))
         again.start = self._sieve.start  # whose dead neurons nobody had seen
         again.operations = again.looked_at = again.flips = 0
-        again._begin(*self._begun, bool, reach=2.0 * pulled)
+        again._begin(*self._begun, _to_nobody, reach=reach)
         for sums in self._path:
             if again._is_full():
                 again._forget()
@@ -3330,7 +3351,8 @@ class _Lazy(_Search):
     @property
     def clear(self):
         """The clear neurons that have no rows; None if there are none."""
-        return _Clear(self._sieve, self._sums.copy()) if self._left_out else None
+        left_out = self._left_out
+        return _Clear(left_out, self._sieve, self._sums.copy()) if left_out else None
 
     def _weights(self, neurons):
         if self._vectors is None:
@@ -3553,10 +3575,11 @@ def _save(trainer, path):
             arrays |= {f"{name}_{key}": np.asarray(value) for key, value in fields}
     if network.clear is not None:
         arrays |= {"clear_pull": network.clear.sieve.pull, "clear_sums": network.clear.sums}
+        arrays["clear_count"] = np.array(network.clear.count)
     if start.law is not None:
         arrays["law_points"] = start.law.points
         arrays["law_stages"] = np.cumsum([len(stage) for stage in start.law.stages])
-        arrays["law_bound"] = np.array(start.law.bound)
+        arrays["law_seen"] = np.array(start.law.seen)
     if start.init == "gaussian" and network.live.size < start.width:
         what = f"the starting weights of {start.width} neurons"
         _check_memory(what, start.width * start.d * 4)
@@ -3649,7 +3672,7 @@ def _restored(kind, about, arrays):
     if "law_points" in arrays:
         points = _check_matrix("law_points", arrays["law_points"])
         stages = tuple(np.split(points, arrays["law_stages"][:-1]))
-        start = start._replace(law=_Law(stages, about["shift_"], bool(arrays["law_bound"])))
+        start = start._replace(law=_Law(stages, about["shift_"], bool(arrays["law_seen"])))
     if "starting_weights" in arrays:
         start = start._replace(stored=(arrays["starting_weights"], arrays["starting_signs"]))
         _check_together(*start.stored, trainer.width, X.shape[1])
@@ -3659,8 +3682,9 @@ def _restored(kind, about, arrays):
     clear = None
     if "clear_sums" in arrays:
         pull, sums = arrays["clear_pull"], _check_vector("sums", arrays["clear_sums"], size=len(X))
-        geometry = Geometry.of(X, X @ X.T, about["shift_"], start.width)
-        clear = _Clear(_Sieve(start, geometry, pull, NEAR), sums)
+        with _one_blas_thread():
+            geometry = Geometry.of(X, X @ X.T, about["shift_"], start.width)
+        clear = _Clear(int(arrays["clear_count"]), _Sieve(start, geometry, pull, NEAR), sums)
     network = _Network(start, about["shift_"], live, signs.astype(float), weights, clear)
     vars(trainer).update(
         {name: about[name] for name in SAVED},
@@ -3862,7 +3886,7 @@ class SublinearTrainer:
         active on some point when the search began and, except with "dense", all that an earlier
         fit held), init_seconds_ (float), signs_ (m,) int8.
 
-    Memory: "lazy" holds for each live neuron its starting weights, 80 bytes more, and 12 for each
+    Memory: "lazy" holds for each live neuron its starting weights, 72 bytes more, and 12 for each
     pair near the threshold; nothing of size m. Where at most half of the live neurons are near the
     threshold it holds these only, without their weights. "scan" holds n m products and "tree"
     (1 + 1/15) n m, both with the starting weights of live neurons; "dense" holds m d weights.
@@ -3930,7 +3954,7 @@ class SublinearTrainer:
     def _fit(self, X, y, progress):
         shift = self._check_options()
         goes_on = self.warm_start and hasattr(self, "history_")
-        names, X = X, _check_features(X, self) if goes_on else _check_matrix("X", X)
+        given, X = X, (_check_features(X, self) if goes_on else _check_matrix("X", X))
         y = _check_targets(y, len(X))
         self._check_sketch_size(len(X))
         try:
@@ -3938,7 +3962,7 @@ class SublinearTrainer:
                 self._go_on(X, y, shift, progress)
                 stopped = False
             else:
-                self._begin(X, y, shift, _feature_names(names), progress)
+                self._begin(X, y, shift, _feature_names(given), progress)
                 stopped = self._tell(progress)
             first, start = len(self.history_), self.residual_
             ended = BY_CALLBACK if stopped else self._train(progress)
@@ -3962,8 +3986,8 @@ class SublinearTrainer:
         law = None
         if self.draw != "all" and self.init == "antisymmetric":
             law = _Law((X,), shift)
-            law = law if _LiveBlocks.pay(law) else None
-        start = _Start(seed, self.width, d, self.init, law)
+            law = law if law.rate <= HIGHEST_RATE else None
+        start = _Start(seed, int(self.width), d, self.init, law)
         moved = _Moved(np.zeros(0, np.int64), np.zeros((0, d), np.float32), np.zeros(0))
         fitted = self._problem(X, y, _unreachable(X, y), shift, start, moved, True, progress)
         fitted |= {"_scales": scales, "shift_": shift, "n_features_in_": n_features}
@@ -4010,7 +4034,7 @@ class SublinearTrainer:
             if start.law is not None:
                 law = start.law.with_points(X)
                 news = law is not start.law
-                start = start if start.law.bound else start._replace(law=law)
+                start = start if start.law.seen else start._replace(law=law)
             fitted = self._problem(X, y, unreachable, shift, start, moved, news, progress)
             search = fitted["_search"]
         residual = _relative_residual(search.outputs, y)
@@ -4021,9 +4045,9 @@ class SublinearTrainer:
         """What a fit is about: points, targets, and a search at a network of which some neurons
         have moved from the start; `news` is whether others may be live."""
         kind, dtype = SEARCHES[self.search], np.dtype(self.dtype)
-        kind.check_memory(X, self.width, shift, dtype)
+        kind.check_memory(X, start.width, dtype)
         if kind is not _Lazy and start.law is not None:  # dead neurons, too, are held, and seen
-            if news and not start.law.bound:
+            if news and not start.law.seen:
                 moved = _with_live_pairs(moved, start, progress.drawn)
             start = start.shown()
         lean = SOLVERS[self.solver] not in (_Sketch, _Richardson)  # which ask for the active sets
@@ -4064,7 +4088,8 @@ class SublinearTrainer:
         return kind(*problem, self.damping == "auto") if kind is _Gradient else kind(*problem)
 
     def _step(self, solver, damping, progress, is_last):
-        """One step and its record; False if no damping makes the residual fall."""
+        """One step and its record; False if it is not finite, or if no damping makes the residual
+        fall."""
         search, stopwatch, before = self._search, _Stopwatch(), self.residual_
         J = search.jacobian()
         # g leaves out the part of f - y that no step can reduce: it would blow g up as mu falls,
@@ -4159,8 +4184,10 @@ class SublinearTrainer:
         rounding = self._rounding() * np.sqrt(n) / _norm(self._y)
         slowed = self.damping not in ("auto", 0) and self.solver != "gradient"
         if not np.isfinite(self.residual_) or last[-1] > 1.5 * min(last):
-            remedy = 'the pure step diverges; set damping="auto", or use a larger width or a '
-            remedy += "smaller shift"
+            kind = "the pure step" if self.damping == 0 else f"training with damping={self.damping}"
+            remedy = (
+                f'{kind} diverges; set damping="auto", or use a larger width or a smaller shift'
+            )
         elif self.residual_ <= 1.01 * floor:
             remedy = f"it cannot fall below {floor:.2e} since points coincide; raise tol above "
             remedy += "that, or merge them"
@@ -4173,8 +4200,8 @@ class SublinearTrainer:
             remedy = "nearly all neurons are active on all points, which makes the network linear; "
             remedy += "raise shift"
         elif self.residual_ <= 10.0 * rounding:
-            remedy = "rounding hides what is left of targets so small; scale y, or use "
-            remedy += 'dtype="float64"'
+            remedy = "rounding hides what is left of targets so small; scale y"
+            remedy += ', or use dtype="float64"' if self.dtype == "float32" else ""
         elif slowed and len(last) > 1 and last[-1] > 0.8 * last[-2]:
             remedy = f"steps are short with damping={self.damping:g}; lower it, or use "
             remedy += '"auto"'
@@ -4240,16 +4267,16 @@ class SublinearTrainer:
     @_quiet
     def weights(self):
         """Hidden weights now (m, d) float64; d counts the coordinate that normalize="lift" appends.
-        Dead neurons that it draws stay as they are from now on. Raises MemoryError if they do not
-        fit."""
+        Once it has shown dead neurons they are fixed: a later fit on other points may wake them,
+        but not draw them anew. Raises MemoryError if the weights do not fit."""
         network = self._trained_network()
         weights = network.all_weights()
-        self._bind(network)
+        self._remember_seen(network)
         return weights
 
-    def _bind(self, network):
+    def _remember_seen(self, network):
         """Remembers that dead neurons have been seen."""
-        if network.start.law is not None and not network.start.law.bound:
+        if network.start.law is not None and not network.start.law.seen:
             network = network._replace(start=network.start.shown())
             if self._search is None:
                 self._network = network
@@ -5035,6 +5062,7 @@ class _MachineCode(FunctionCache):
 
 
 def _keep_machine_code():
+    """Of every kernel with nogil=True; inlined ones are part of others."""
     for kernel in list(globals().values()):
         if isinstance(kernel, Dispatcher) and "nogil" in kernel.targetoptions:
             try:

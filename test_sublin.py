@@ -664,7 +664,7 @@ LAWS = {
 
 @pytest.mark.parametrize("X, shift, pairs", LAWS.values(), ids=LAWS)
 def test_pairs_drawn_alone_have_the_law_of_those_among_all_that_fire(X, shift, pairs):
-    assert sublin._LiveBlocks.pay(law_of(X, shift, 2).law)
+    assert law_of(X, shift, 2).law.rate <= sublin.HIGHEST_RATE
     assert distance_of_laws(X, shift, pairs) < 4.8
 
 
@@ -883,9 +883,9 @@ def test_warm_starts_with_other_points_agree_with_weights_before_and_after(after
     (X, y), (other, targets) = problem(5, 3), problem(4, 3, seed=7)
     options = {"shift": 1.4, "damping": 1e-2, "max_iter": 3, "warm_start": True, "draw": "live"}
     fitted = trainer(2000, **options).fit(X, y)
-    assert not fitted._search.start.law.bound
+    assert not fitted._search.start.law.seen
     before = fitted.weights() if seen else None
-    assert fitted._search.start.law.bound == seen
+    assert fitted._search.start.law.seen == seen
     live = fitted._search.live.copy()
     held = fitted._search._weights(np.arange(live.size))
     fitted.set_params(search=after, max_iter=0).fit(other, targets).check()
@@ -926,6 +926,47 @@ def assert_same_network(lean, full, X):
     assert_all_equal(lean.active_sets(), full.active_sets())
     np.testing.assert_allclose(lean.weights(), full.weights(), rtol=1e-9, atol=1e-12)
     lean.check()
+
+
+def test_what_would_take_too_much_memory_is_refused_before_it_is_drawn(monkeypatch):
+    X, y = problem(3, 4)
+    fitted = trainer(1 << 38, shift=6.0, max_iter=1).fit(X, 1e-7 * y)
+    monkeypatch.setattr(sublin._Clear, "each", lambda *_: pytest.fail("drawn"))
+    for call in (fitted.weights, fitted.check, lambda: fitted.signs_):
+        with pytest.raises(MemoryError, match="would need"):
+            call()
+
+
+@core
+@pytest.mark.parametrize("kind", [np.uint32, np.int32, np.int64])
+def test_widths_of_any_integer_type_count_alike(kind):
+    X, y = problem(4, 3)
+    options = {"shift": 1.3, "max_iter": 1, "damping": 1e-2}
+    found, expected = (trainer(m, **options).fit(X, y) for m in (kind(1 << 12), 1 << 12))
+    np.testing.assert_array_equal(found.predict(X), expected.predict(X))
+
+
+def test_hundreds_of_later_fits_on_other_points_have_streams_of_their_own():
+    options = {"shift": 1.6, "max_iter": 0, "warm_start": True, "draw": "live"}
+    fitted = trainer(4000, **options).fit(*problem(2, 3))
+    for seed in range(270):
+        fitted.fit(*problem(1, 3, seed + 1))
+    assert len(fitted._search.start.law.stages) > 260
+    fitted.check()
+
+
+def test_active_sets_of_networks_wider_than_an_integer_of_32_bits():
+    X, y = problem(3, 4)
+    fitted = trainer(1 << 38, shift=6.0, max_iter=2).fit(X, 1e-7 * y)
+    assert fitted._search.clear is not None and fitted.n_live_ > 300
+    indptr, indices = fitted.active_sets()
+    assert indices.max() > 1 << 36 and indices.min() >= 0
+    for i in range(3):
+        own = indices[indptr[i] : indptr[i + 1]]
+        assert np.all(np.diff(own) > 0)
+    assert np.unique(indices).size == fitted.n_live_
+    counts = np.diff(indptr)
+    np.testing.assert_array_equal(counts, np.diag(fitted._search.counts))
 
 
 LEAN = {
