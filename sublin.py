@@ -1905,8 +1905,9 @@ class _Search:
     def network(self):
         """The network as it is now."""
         if self._network_of[0] is not self.outputs:
-            what = f"weights of {self.live.size} neurons in {self.X.shape[1]} dimensions"
-            _check_memory(what, 24 * self.live.size * self.X.shape[1])
+            if self.clear is not None:
+                what = f"weights of {self.live.size} neurons near the threshold"
+                _check_memory(what, 24 * self.live.size * self.X.shape[1])
             weights = self._weights(np.arange(self.live.size))
             held = self.live, self.signs, weights
             network = _Network(self.start, self.shift, *held, self.clear)
@@ -2741,6 +2742,18 @@ def _thresholds(products, least_active, pull, cross, lowered_shift, lean):
 
 
 @njit(inline="always")
+def _is_clear(points, exact, first, k, end, pull, cross, longest, shift):
+    """Whether none of the pairs first, ..., end - 1, of which k are active, can cross b while no
+    point pulls more than `pull`."""
+    above, below, travel = np.inf, np.inf, 0.0
+    for e in range(first, first + k):
+        above, travel = min(above, exact[e] - shift), travel + pull[points[e]]
+    for e in range(first + k, end):
+        below = min(below, shift - exact[e])
+    return above > longest * travel and below > cross * travel
+
+
+@njit(inline="always")
 def _count_shared(points, first, end, copies, counts):
     for e in range(first, end):
         for f in range(first, end):
@@ -2787,12 +2800,7 @@ def _fill_rows(
         if k == 0:
             continue
         if wanted != ALL:
-            above, below, travel = np.inf, np.inf, 0.0
-            for e in range(first, first + k):
-                above, travel = min(above, exact[e] - shift), travel + pull[points[e]]
-            for e in range(first + k, end):
-                below = min(below, shift - exact[e])
-            clear = above > longest * travel and below > cross * travel
+            clear = _is_clear(points, exact, first, k, end, pull, cross, longest, shift)
             end = first + k if clear else end
             if clear and wanted == NEAR:
                 left_out += copies
