@@ -3674,8 +3674,8 @@ REFUSED = {
         (fit(width=-4), r"width must be at least 1, got -4"),
         (fit(width=65), r'"antisymmetric" needs an even width, got 65; use it \+- 1, or init="gau'),
         (
-            fit(width=2**50, shift=40.0),
-            r"width must be at most 1125899906842624, got 11258999068426",
+            fit(width=2**51, shift=40.0),
+            r"width must be at most 1125899906842624, got 2251799813685248",
         ),
         (fit(width=10**400), r"width must be at most 1125899906842624, got more than 2\^80"),
         (fit(shift=10**400), r"shift must be finite, got an integer beyond all floats"),
