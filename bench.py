@@ -704,7 +704,7 @@ def total_slope(samples, n, method, key="seconds"):
     """Exponent of a lazy fit from m = 2^24 on, of the others over their last widths."""
     mine = where(samples, part="fits", n=n, method=method)
     widths, values, *_ = medians(mine, "width", key)
-    wide = widths >= (min(1 << 24, widths[-2]) if method == "lazy" else widths[-3])
+    wide = widths >= (min(1 << 24, widths[-2]) if method == "lazy" else widths[-3:][0])
     return slope(widths[wide], values[wide])
 
 
