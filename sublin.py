@@ -2762,7 +2762,18 @@ def _count_shared(points, first, end, copies, counts):
 
 @njit(nogil=True, fastmath=FAST)
 def _fill_rows(
-    chosen, room, products, vectors, geometry, thresholds, margins, copies, pull, wanted, counts
+    rows,
+    chosen,
+    room,
+    products,
+    vectors,
+    geometry,
+    thresholds,
+    margins,
+    copies,
+    pull,
+    wanted,
+    counts,
 ):
     """Rows of the chosen vectors that fire and are `wanted`, each `copies` times: (places among the
     chosen, ROWs, certificates, points, products), the active pairs of a row first; and how many
@@ -2771,7 +2782,7 @@ def _fill_rows(
     Candidates come from `products`, which may be wrong by rounding, and are decided in float64.
     """
     X, XXt, cross, longest, shift, _, _ = geometry
-    rows, certificates = np.zeros(copies * chosen.size, ROW), np.empty(copies * chosen.size)
+    certificates = np.empty(rows.size)
     live, points, exact = np.empty(chosen.size, np.int64), np.empty(room, np.uint32), np.empty(room)
     w = np.empty(X.shape[1])
     found = free = left_out = 0
@@ -2900,7 +2911,8 @@ class _Sieve(NamedTuple):
             )
             where = products, some, self.geometry, thresholds, margins
             rules = copies, pull, self.wanted, counts
-            live, *arrays, left_out = _fill_rows(chosen, room, *where, *rules)
+            rows = np.zeros(copies * chosen.size, ROW).view(RECORDS)
+            live, *arrays, left_out = _fill_rows(rows, chosen, room, *where, *rules)
             chosen = chosen[live]
             own = (numbers[low + chosen][:, None] + np.arange(copies)).ravel()
             names = some[chosen], own, signs[low + chosen].ravel()
