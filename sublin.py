@@ -3992,6 +3992,7 @@ class SublinearTrainer:
             raise error from None
         finally:
             progress.over = True
+            _release_blas()
             self._roll_back()
             progress.close()
         if not self.converged_ and ended != BY_CALLBACK and self.max_iter > 0:
@@ -4989,10 +4990,12 @@ def _blas_libraries():
     return ThreadpoolController().select(user_api="blas").lib_controllers
 
 
-def _release_blas(user):
-    """Gives BLAS its threads back if nobody else wants one only."""
+def _release_blas(*users):
+    """Gives BLAS its threads back if nobody else wants one only. Without arguments for all users in
+    this thread, which an interrupt in the middle of `with` can have left behind."""
     with _blas["lock"]:
-        _blas["users"].discard(user)
+        mine = users or [user for user in _blas["users"] if user[0] == threading.get_ident()]
+        _blas["users"].difference_update(mine)
         if not _blas["users"] and _blas["before"] is not None:
             for library, threads in _blas["before"]:
                 library.set_num_threads(threads)
@@ -5005,7 +5008,7 @@ def _one_blas_thread():
 
     Their idle threads spin for some 25 ms after a call, on cores that our own threads wait for.
     """
-    user = object()
+    user = threading.get_ident(), object()
     try:
         with _blas["lock"]:
             _blas["users"].add(user)
