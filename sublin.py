@@ -1153,17 +1153,6 @@ def _add_gram_times(X, XXt, active, v, edges, totals):
                     totals[chunk, active.points[e]] += _dot(w, X[active.points[e]])
 
 
-@njit(nogil=True)
-def _count_pairwise(active, low, high, counts):
-    """Adds to counts[i, j], j <= i, the neurons low, ..., high - 1 of K that i and j share."""
-    for q in range(low, high):
-        for e in range(active.offsets[q], active.offsets[q + 1]):
-            i = active.points[e]
-            for f in range(active.offsets[q], e + 1):
-                j = active.points[f]
-                counts[max(i, j), min(i, j)] += 1
-
-
 @intrinsic
 def _population(typing_context, word):
     """How many bits of a uint64 are set, by one instruction."""
@@ -1181,19 +1170,58 @@ if numba.config.DISABLE_JIT:
 
 
 @njit(nogil=True)
-def _count_in_words(active, low, high, counts):
-    """What _count_pairwise does, 64 neurons at a time: a bit for each, in a word for a point."""
-    n, words = len(counts), (high - low + 63) // 64
-    bits = np.zeros((n, words), np.uint64)
+def _count_pairwise(active, low, high, counts):
+    """Adds to counts[i, j], j <= i, the neurons low, ..., high - 1 of K that i and j share."""
     for q in range(low, high):
         for e in range(active.offsets[q], active.offsets[q + 1]):
-            bits[active.points[e], (q - low) // 64] |= np.uint64(1) << np.uint64((q - low) % 64)
-    for i in range(n):
+            i = active.points[e]
+            for f in range(active.offsets[q], e + 1):
+                j = active.points[f]
+                counts[max(i, j), min(i, j)] += 1
+
+
+@njit(nogil=True)
+def _pack_by_point(active, words, first, end):
+    """Sets bit q of words[i], 64 bits a word, where the q-th neuron of K is active on i: of the
+    words first, ..., end - 1 of every point."""
+    for q in range(64 * first, min(64 * end, active.neurons.size)):
+        for e in range(active.offsets[q], active.offsets[q + 1]):
+            words[active.points[e], q // 64] |= np.uint64(1) << np.uint64(q % 64)
+
+
+@njit(nogil=True)
+def _count_common(words, sign, counts, low, high):
+    """Adds sign times the bits that words[i] and words[j] share to counts[i, j], for low <= i < high
+    and j <= i."""
+    for i in range(low, high):
         for j in range(i + 1):
             shared = np.uint64(0)
-            for z in range(words):
-                shared += _population(bits[i, z] & bits[j, z])
-            counts[i, j] += np.int32(shared)
+            for z in range(words.shape[1]):
+                shared += _population(words[i, z] & words[j, z])
+            counts[i, j] += sign * np.int32(shared)
+
+
+@njit(nogil=True)
+def _mirror(counts):
+    """Copies what is below the diagonal above it, by tiles that stay in cache."""
+    n, tile = len(counts), 32
+    for top in range(0, n, tile):
+        for left in range(0, top + 1, tile):
+            for i in range(top, min(top + tile, n)):
+                for j in range(left, min(left + tile, i)):
+                    counts[j, i] = counts[i, j]
+
+
+def _add_coactivity(words, counts, sign=1):
+    """Adds to counts (n, n) how many bits each two points share; words (n, k) hold 64 neurons
+    each. O(n^2 k)."""
+    edges = np.ceil(len(words) * np.sqrt(np.arange(CHUNKS + 1) / CHUNKS)).astype(int)  # of equal work
+
+    def of_share(_, low, high):
+        _count_common(words, np.int32(sign), counts, edges[low], edges[high])
+
+    _in_threads(of_share, words.size * len(words) // 16)
+    _mirror(counts)
 
 
 # Cost of two words and their common bits, in that of a neuron counted for two points.
@@ -1203,18 +1231,22 @@ WORD = 0.04
 def _coactivity(active, n):
     """C (n, n), C_ij = |Q_i and Q_j|: O(n^2 + sum over r of |act(r)|^2), or O(n^2 |K| / 64) where
     that is less. The points of a neuron may be in any order."""
-    pairs = float(np.sum(np.diff(active.offsets).astype(float) ** 2))
-    in_words = WORD * n * n * active.neurons.size / 64
-    count = _count_in_words if in_words < pairs else _count_pairwise
-    lower = _counts_of_threads(n)
-    edges = _edges(active.neurons.size)
+    size = active.neurons.size
+    edges, pairs = _edges(size), float(np.sum(np.diff(active.offsets).astype(float) ** 2))
+    if pairs < WORD * n * n * size / 64:
+        of_threads = _counts_of_threads(n)
 
-    def of_share(thread, low, high):
-        count(active, edges[low], edges[high], lower[thread])
+        def of_share(thread, low, high):
+            _count_pairwise(active, edges[low], edges[high], of_threads[thread])
 
-    _in_threads(of_share, min(in_words, pairs), len(lower))
-    lower = lower.sum(axis=0)
-    return lower + np.tril(lower, -1).T
+        _in_threads(of_share, pairs, len(of_threads))
+        counts = of_threads.sum(axis=0, dtype=np.int32)
+        _mirror(counts)
+        return counts
+    counts, words = np.zeros((n, n), np.int32), np.zeros((n, -(-size // 64)), np.uint64)
+    _over_items(partial(_pack_by_point, active, words), words.shape[1], active.points.size)
+    _add_coactivity(words, counts)
+    return counts
 
 
 def _counts_of_threads(n):
@@ -3043,22 +3075,77 @@ class _CountedJacobian(SparseJacobian):
         return self._search.gram
 
 
-class _Lazy(_Search):
-    """Looks at the neurons that may have a flip, and at no others.
-
-    What a step replaces as a whole are `outputs`, `counts`, the numbers C_ij = |Q_i and Q_j|
-    (n, n), `changing` and the moment. Rows change one by one: undo() takes back their flips, which
-    the ledger has, and travels back to the earlier sum of steps, as if by another step.
+class _ByCounts(_Search):
+    """Searches that keep the numbers C_ij = |Q_i and Q_j| (n, n), and leave neurons where they were
+    until they have to be looked at.
 
     The outputs follow from the Gram matrix, f <- f - G g, and from the flips. Where training ends
     at its tolerance, or at max_iter, they are computed anew.
     """
 
-    placed_anew = 0  # rows made anew in training, for those who look inside
-
     @staticmethod
     def check_memory(X, width, dtype):
         """What it needs is known once the first blocks are drawn."""
+
+    @property
+    def nnz(self):
+        return int(np.trace(self.counts, dtype=np.int64))
+
+    @property
+    def gram(self):
+        """G (n, n)."""
+        if self._gram_of[0] is not self.counts:
+            self._gram_of = self.counts, self.XXt * (self.counts / self.width)
+        return self._gram_of[1]
+
+    _gram_of = None, None  # the counts, and the Gram matrix that was made from them
+
+    def jacobian(self):
+        return _CountedJacobian(self)
+
+    @property
+    def _sums(self):
+        """s now."""
+        return self._moments.sums[self._moments.now - self._moments.first]
+
+    def _go_to(self, sums):
+        """Makes `sums` the s of a new moment, and adds to D."""
+        first, now, all_sums, distance = self._moments
+        all_sums[now + 1 - first] = sums
+        distance += np.abs(sums - self._sums).max() * self._geometry.unit
+        distance = np.nextafter(distance, np.inf)  # D is rounded up, and certificates down
+        self._moments = Moments(first, now + 1, all_sums, distance)
+
+    def _is_full(self):
+        """Whether moments must be forgotten before a step, after which undo() takes one more."""
+        return self._moments.now - self._moments.first + 3 > MOMENTS
+
+    def _begin_count_anew(self):
+        """Forgets all moments but the last."""
+        sums = np.zeros_like(self._moments.sums)
+        sums[0] = self._sums
+        self._moments = self._moments._replace(first=self._moments.now, sums=sums)
+
+    def settle(self):
+        """Makes sure that `outputs` come from a forward pass."""
+        self.outputs = self._active_outputs()
+
+    def active_sets(self):
+        order = np.argsort(self.live)
+        active = self.gathered(order)
+        active = active._replace(neurons=self.live[order[active.neurons]])
+        return active if self.clear is None else self.clear.with_active_sets(active)
+
+
+class _Lazy(_ByCounts):
+    """Looks at the neurons that may have a flip, and at no others.
+
+    What a step replaces as a whole are `outputs`, `counts`, `changing` and the moment. Rows change
+    one by one: undo() takes back their flips, which the ledger has, and travels back to the earlier
+    sum of steps, as if by another step.
+    """
+
+    placed_anew = 0  # rows made anew in training, for those who look inside
 
     def _begin(self, y, moved, news, report, reach=None):
         n = len(self.X)
@@ -3178,27 +3265,6 @@ class _Lazy(_Search):
             )
             self._live = self._live._replace(points=points, products=products)
 
-    @property
-    def nnz(self):
-        return int(np.trace(self.counts, dtype=np.int64))
-
-    @property
-    def gram(self):
-        """G (n, n)."""
-        if self._gram_of[0] is not self.counts:
-            self._gram_of = self.counts, self.XXt * (self.counts / self.width)
-        return self._gram_of[1]
-
-    _gram_of = None, None  # the counts, and the Gram matrix that was made from them
-
-    def jacobian(self):
-        return _CountedJacobian(self)
-
-    @property
-    def _sums(self):
-        """s now."""
-        return self._moments.sums[self._moments.now - self._moments.first]
-
     def mark(self):
         state = self.outputs, self.counts, self.changing, self.flips
         looks, steps = len(self._ledger.looks), len(self._path)
@@ -3260,30 +3326,12 @@ class _Lazy(_Search):
             setattr(again, name, getattr(self, name))
         vars(self).update(vars(again))  # one call, which no interrupt divides
 
-    def settle(self):
-        """Makes sure that `outputs` come from a forward pass."""
-        self.outputs = self._active_outputs()
-
-    def _go_to(self, sums):
-        """Makes `sums` the s of a new moment, and adds to D."""
-        first, now, all_sums, distance = self._moments
-        all_sums[now + 1 - first] = sums
-        distance += np.abs(sums - self._sums).max() * self._geometry.unit
-        distance = np.nextafter(distance, np.inf)  # D is rounded up, and certificates down
-        self._moments = Moments(first, now + 1, all_sums, distance)
-
-    def _is_full(self):
-        """Whether moments must be forgotten before a step, after which undo() takes one more."""
-        return self._moments.now - self._moments.first + 3 > MOMENTS
-
     def _forget(self):
         """Looks at all neurons that move, so that earlier moments are not needed any more."""
         moving = self._live.rows["active"] > 0
         self._live.rows["slack"][moving] = self._live.certificates[moving] = -np.inf
         self._look_around()
-        sums = np.zeros_like(self._moments.sums)
-        sums[0] = self._sums
-        self._moments = self._moments._replace(first=self._moments.now, sums=sums)
+        self._begin_count_anew()
 
     def _look_around(self):
         """Looks where a pair may have flipped, and where a row was too short for that once more."""
@@ -3362,12 +3410,6 @@ class _Lazy(_Search):
         by_neuron = ActiveSets(np.arange(order.size), *_active_pairs(self._live, order))
         return _by_neuron(*_by_point(by_neuron, len(self.X)), order.size)
 
-    def active_sets(self):
-        order = np.argsort(self.live)
-        active = self.gathered(order)
-        active = active._replace(neurons=self.live[order[active.neurons]])
-        return self.clear.with_active_sets(active) if self._left_out else active
-
     @property
     def clear(self):
         """The clear neurons that have no rows; None if there are none."""
@@ -3437,7 +3479,405 @@ class _Lazy(_Search):
         assert not late.any(), "a certificate is late"
 
 
-SEARCHES = {"dense": _Dense, "scan": _Scan, "tree": _Tree, "lazy": _Lazy}
+# --------------------------------------------------------------------------------------------------
+# Lazy search in words: where neurons fire on many points
+# --------------------------------------------------------------------------------------------------
+#
+# Where neurons fire on a hundredth of the points or more, a row would hold many pairs, and to move
+# its products one by one takes longer than to multiply matrices. There activity is kept as words,
+# of 64 points each, and the weights of a neuron as they were when it was last moved; products are
+# made where they are needed and forgotten. The slack is the least |product - b| over *all* points,
+# and since no product moves by more than w_r does, one inequality is left,
+#
+#     no pair of r can flip before |w_r(t') - w_r(t)| reaches its slack,
+#
+# and three tests of it, each dearer than the one before, spare the products, O(n d): a certificate
+# as above, O(1); the travel, which is at least |w_r(t') - w_r(t)|, O(k) for k active points; and
+# the length itself, O(k d), which is what moving the weights takes.
+
+# Neurons that a thread looks at together: their products take 1 MB if n = 2000.
+TOGETHER = 128
+
+
+class Packed(NamedTuple):
+    """What is held of live neurons whose activity is in words."""
+
+    weights: np.ndarray  # (n_live, d) at the moment `looked`
+    words: np.ndarray  # (n_live, n / 64) uint64; bit i % 64 of word i // 64 is set if r is in Q_i
+    active: np.ndarray  # (n_live,) int64, points that the neuron is active on
+    slack: np.ndarray  # (n_live,) length of a move from the weights below which no pair can flip
+    certificates: np.ndarray  # (n_live,) D up to which none can
+    looked: np.ndarray  # (n_live,) int64
+
+
+@njit(inline="always")
+def _first_bit(word):
+    """The place of the lowest bit that is set."""
+    return np.int64(_population(~word & (word - np.uint64(1))))
+
+
+@njit(inline="always")
+def _points_of(words, points):
+    """Writes the points of a neuron's words; returns how many they are."""
+    k = 0
+    for z in range(words.size):
+        word = words[z]
+        while word != np.uint64(0):
+            points[k] = 64 * z + _first_bit(word)
+            word &= word - np.uint64(1)
+            k += 1
+    return k
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
+def _move_weights(packed, signs, geometry, moments, neurons):
+    """Moves the weights of some neurons to where they are now, but of those whose travel leaves
+    slack. Returns those whose slack is used up, and operations; others get new certificates."""
+    weights, words, active, slack, certificates, looked = packed
+    X, unit, first_moment, now = geometry.X, geometry.unit, moments.first, moments.now
+    sums, distance = moments.sums, moments.distance
+    points, factors, move = np.empty(len(X), np.uint32), np.empty(len(X)), np.empty(X.shape[1])
+    used_up, found, operations = np.empty(neurons.size, np.int64), 0, 0
+    for q in neurons:
+        k = _points_of(words[q], points)
+        then, here = looked[q] - first_moment, now - first_moment
+        _, travel = _travel(points, 0, k, -unit * signs[q], sums, then, here, factors)
+        left = slack[q] - travel
+        if left <= 0.0:
+            _combine(points, 0, k, factors, X, move)
+            _add_multiple(weights[q], 1.0, move)
+            left = slack[q] - np.sqrt(_dot(move, move))
+            slack[q], looked[q] = left, now
+            operations += k * X.shape[1]
+        if left > 0.0 and k > 0:
+            certificates[q] = (distance + left / k * CAUTION) * CAUTION
+        elif k > 0:
+            used_up[found], found = q, found + 1
+        else:
+            certificates[q] = np.inf
+    return used_up[:found], operations
+
+
+@njit(nogil=True, error_model="numpy")
+def _pack(products, shift, words, least):
+    """Which of the products (k, n) float32 reach the threshold, as words, and how far from it the
+    nearest of each row is."""
+    n, threshold, zero = products.shape[1], np.float32(shift), np.uint32(0)
+    for q in range(len(products)):
+        row, nearest = products[q], np.uint32(0x7F800000)  # infinity
+        for z in range(words.shape[1]):
+            word = np.uint64(0)
+            for half in range(2):  # 32 bits fill vector registers
+                first, bits = 64 * z + 32 * half, zero
+                for e in range(min(32, n - first)):
+                    excess = np.float32(row[first + e] - threshold)
+                    bits |= np.uint32(1) << np.uint32(e) if excess >= np.float32(0) else zero
+                    nearest = min(nearest, np.float32(abs(excess)).view(np.uint32))
+                word |= np.uint64(bits) << np.uint64(32 * half)
+            words[q, z] = word
+        least[q] = np.uint32(nearest).view(np.float32)
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
+def _decide(products, weights, geometry, words, least, slack):
+    """Decides the pairs again that _pack has decided within rounding, from products in float64,
+    and finds the slack of every row."""
+    X, longest, shift = geometry.X, geometry.longest, geometry.shift
+    n, d = X.shape
+    for q in range(len(products)):
+        w = weights[q]
+        length = np.sqrt(_dot(w, w))
+        rounding = (d + 4) * 2.0**-23 * (longest * length + abs(shift))
+        if not rounding < 1e30:
+            rounding = np.inf  # what overflows is no product
+        nearest = least[q] - rounding
+        if not least[q] > 2.0 * rounding:
+            nearest = np.inf
+            for i in range(n):
+                excess = np.float64(abs(products[q, i] - np.float32(shift)))
+                if excess > 2.0 * rounding:
+                    nearest = min(nearest, excess - rounding)
+                    continue
+                excess = _dot(w, X[i]) - shift
+                nearest = min(nearest, abs(excess))
+                bit = np.uint64(1) << np.uint64(i % 64)
+                words[q, i // 64] &= ~bit
+                words[q, i // 64] |= bit if excess >= 0.0 else np.uint64(0)
+        slack[q] = nearest / longest * CAUTION
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
+def _flips_in_words(was, now, weights, scales, geometry):
+    """Points of the pairs that differ, and what they add to the outputs."""
+    X, shift, count = geometry.X, geometry.shift, np.uint64(0)
+    for q in range(len(was)):
+        for z in range(was.shape[1]):
+            count += _population(was[q, z] ^ now[q, z])
+    points, changes, found = np.empty(count, np.int64), np.empty(count), 0
+    for q in range(len(was)):
+        for z in range(was.shape[1]):
+            flipped = was[q, z] ^ now[q, z]
+            while flipped != np.uint64(0):
+                bit = flipped & ~(flipped - np.uint64(1))
+                i = 64 * z + _first_bit(flipped)
+                excess = _dot(weights[q], X[i]) - shift
+                points[found] = i
+                changes[found] = scales[q] * (excess if now[q, z] & bit else -excess)
+                flipped ^= bit
+                found += 1
+    return points, changes
+
+
+@njit(nogil=True)
+def _transpose(words, n, out, low, high):
+    """Words by point, out (n, neurons / 64), from words by neuron: out[:, low], ..., out[:, high - 1].
+    """
+    tile = np.empty(64, np.uint64)
+    for group in range(low, high):
+        for z in range(words.shape[1]):
+            for e in range(64):
+                q = 64 * group + e
+                tile[e] = words[q, z] if q < len(words) else np.uint64(0)
+            _transpose_tile(tile)
+            for e in range(min(64, n - 64 * z)):
+                out[64 * z + e, group] = tile[e]
+
+
+@njit(inline="always")
+def _transpose_tile(tile):
+    """Transposes 64 words of 64 bits: swaps halves of the tile, halves of these, and so on."""
+    size, mask = 32, np.uint64(0xFFFFFFFF)
+    while size > 0:
+        e, bits = 0, np.uint64(size)
+        while e < 64:
+            swapped = ((tile[e] >> bits) ^ tile[e + size]) & mask
+            tile[e + size] ^= swapped
+            tile[e] ^= swapped << bits
+            e = (e + size + 1) & ~size
+        size //= 2
+        mask ^= mask << np.uint64(size)
+
+
+@njit(nogil=True)
+def _count_bits(words, active):
+    for q in range(len(words)):
+        count = np.uint64(0)
+        for z in range(words.shape[1]):
+            count += _population(words[q, z])
+        active[q] = np.int64(count)
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
+def _add_outputs_in_words(packed, signs, geometry, moments, edges, outputs):
+    """Adds to outputs[chunk] the outputs of the neurons edges[chunk], ..., edges[chunk + 1] - 1."""
+    X, shift, unit = geometry.X, geometry.shift, geometry.unit
+    here = moments.now - moments.first
+    points, factors, w = np.empty(len(X), np.uint32), np.empty(len(X)), np.empty(X.shape[1])
+    for chunk in range(edges.size - 1):
+        for q in range(edges[chunk], edges[chunk + 1]):
+            k = _points_of(packed.words[q], points)
+            then = packed.looked[q] - moments.first
+            _travel(points, 0, k, -unit * signs[q], moments.sums, then, here, factors)
+            _combine(points, 0, k, factors, X, w)
+            _add_multiple(w, 1.0, packed.weights[q])
+            for a in range(k):
+                outputs[chunk, points[a]] += unit * signs[q] * (_dot(w, X[points[a]]) - shift)
+
+
+class _InWords(_ByCounts):
+    """The lazy search where neurons fire on many points.
+
+    A step keeps what it overwrites: undo() puts it back.
+    """
+
+    def _begin(self, y, moved, news, report):
+        (n, d), shift = self.X.shape, self.shift
+        self._geometry = Geometry.of(self.X, self.XXt, shift, self.width)
+        self._moments = Moments(0, 0, np.zeros((MOMENTS, n)), 0.0)
+        self._X32, self._log = self.X.astype(np.float32), []
+        if news and self.start.law is not None and not self.start.law.seen:
+            moved, news = _with_live_pairs(moved, self.start, report), False
+        found = [self._live_of(moved.numbers, moved.weights.astype(float), moved.signs, True)]
+        if news or self.start.law is None:
+            work = partial(self._of_block, moved.numbers)
+            found += self.start.blocks(work, moved.numbers, report)
+        self.live, self.signs, *arrays = map(np.concatenate, zip(*found, strict=True))
+        self._packed = Packed(*arrays, looked=np.zeros(self.live.size, np.int64))
+        self.n_live = self.live.size
+        self.counts = np.zeros((n, n), np.int32)
+        _add_coactivity(self._by_point(self._packed.words), self.counts)
+        self.changing = np.count_nonzero(self._packed.active)
+        if moved.numbers.size or self.start.init == "gaussian":
+            self.settle()
+        else:
+            self.outputs = np.zeros(n)  # antisymmetric pairs cancel
+        self.looked_at += self.width
+        self.operations += self.width * n * (d + 1)
+
+    def _of_block(self, moved, first, vectors, signs):
+        copies = signs.size // len(vectors)
+        numbers = first + copies * np.arange(len(vectors))
+        still = ~np.isin(numbers, moved)
+        numbers, vectors = numbers[still], vectors[still].astype(float)
+        signs = signs.reshape(-1, copies)[still]
+        return self._live_of(numbers, vectors, signs, False)
+
+    def _live_of(self, numbers, weights, signs, all_of_them):
+        """Of neurons whose vectors are `weights`, numbers[k] being the first that has vector k and
+        signs (k,) or (k, copies): numbers, signs and what Packed holds of the live ones, or of
+        `all_of_them`."""
+        size, copies = len(weights), signs.size // max(len(weights), 1)
+        words = np.empty((size, -(-len(self.X) // 64)), np.uint64)
+        active, slack = np.empty(size, np.int64), np.empty(size)
+        for low in range(0, size, TOGETHER):
+            part = slice(low, low + TOGETHER)
+            self._find(weights[part], words[part], active[part], slack[part])
+        live = np.ones(size, bool) if all_of_them else active > 0
+        certificates = np.where(active > 0, slack / np.maximum(active, 1) * CAUTION, np.inf)
+        arrays = weights, words, active, slack, certificates
+        numbers = (numbers[live][:, None] + np.arange(copies)).ravel()
+        twice = (np.repeat(array[live], copies, axis=0) for array in arrays)
+        return numbers, signs[live].ravel().astype(float), *twice
+
+    def _find(self, weights, words, active, slack):
+        """Fills words, active and slack for neurons with weights (k, d)."""
+        products, least = weights.astype(np.float32) @ self._X32.T, np.empty(len(weights))
+        _pack(products, self.shift, words, least)
+        _decide(products, weights, self._geometry, words, least, slack)
+        _count_bits(words, active)
+
+    def _by_point(self, words):
+        out = np.zeros((len(self.X), -(-len(words) // 64)), np.uint64)
+        _over_items(partial(_transpose, words, len(self.X), out), out.shape[1], words.size)
+        return out
+
+    def mark(self):
+        self._log = []  # (neurons, what Packed held of them), in the order of time
+        state = self.outputs, self.counts, self.changing, self.flips, self._moments
+        return {"state": state, "log": self._log}
+
+    def advance(self, step, lap):
+        """W <- W - J^T step, and all that follows from it; returns the number of flips."""
+        before = self.flips
+        if self._is_full():
+            self._forget()
+        sums = self._sums + step
+        with _one_blas_thread():
+            self.outputs = self.outputs - self.gram @ step
+        self.operations += step.size**2
+        self._go_to(sums)
+        lap("seconds_update")
+        self._look_around()
+        lap("seconds_query")
+        return self.flips - before
+
+    def undo(self, mark):
+        for neurons, held in reversed(mark["log"]):
+            for array, before in zip(self._packed, held, strict=True):
+                array[neurons] = before
+        self.outputs, self.counts, self.changing, self.flips, self._moments = mark["state"]
+
+    def _remember(self, neurons):
+        """Before something of these neurons is overwritten."""
+        self._log.append((neurons, Packed(*(array[neurons] for array in self._packed))))
+
+    def _forget(self):
+        """Moves all weights, so that earlier moments are not needed any more."""
+        everybody = np.arange(self.live.size)
+        self._remember(everybody)
+        self._packed.slack[:] = self._packed.certificates[:] = -np.inf
+        _move_weights(self._packed, self.signs, self._geometry, self._moments, everybody)
+        self._begin_count_anew()
+
+    def _look_around(self):
+        """Looks at the neurons whose certificates ran out and whose slack is used up."""
+        late = np.flatnonzero(self._packed.certificates <= self._moments.distance)
+        work = late.size * len(self.X) * 4
+        parts = [late[low : low + TOGETHER] for low in range(0, late.size, TOGETHER)]
+        with _one_blas_thread():
+            found = [part for part in _map_in_threads(self._look, parts, work) if part is not None]
+        if not found:
+            return
+        neurons, was, now, points, changes = map(np.concatenate, zip(*found, strict=True))
+        self.looked_at += neurons.size
+        self.operations += neurons.size * self.X.size
+        if points.size:
+            self.outputs = self.outputs + np.bincount(points, changes, len(self.X))
+            self.counts = self._counts_after(neurons, was, now)
+            self.changing = np.count_nonzero(self._packed.active)
+            self.flips += points.size
+
+    def _look(self, neurons):
+        """Of some neurons those that had to be looked at, their words before and now, points that
+        have flipped and what they add to the outputs; None if there are none."""
+        packed, signs = self._packed, self.signs
+        self._remember(neurons)
+        where = self._geometry, self._moments
+        neurons, _ = _move_weights(packed, signs, *where, neurons)
+        if not neurons.size:
+            return None
+        weights, was = packed.weights[neurons], packed.words[neurons]
+        now, active, slack = np.empty_like(was), np.empty(neurons.size, int), np.empty(neurons.size)
+        self._find(weights, now, active, slack)
+        packed.words[neurons], packed.active[neurons], packed.slack[neurons] = now, active, slack
+        left = (self._moments.distance + slack / np.maximum(active, 1) * CAUTION) * CAUTION
+        packed.certificates[neurons] = np.where(active > 0, left, np.inf)
+        scales = signs[neurons] * self._geometry.unit
+        flips = _flips_in_words(was, now, weights, scales, self._geometry)
+        return neurons, was, now, *flips
+
+    def _counts_after(self, neurons, was, now):
+        """C after the words of some neurons have changed: from these, or from all words if they are
+        most."""
+        flipped = (was != now).any(axis=1)
+        if 2 * np.count_nonzero(flipped) > self.live.size:
+            counts = np.zeros_like(self.counts)
+            _add_coactivity(self._by_point(self._packed.words), counts)
+        else:
+            counts = self.counts.copy()
+            _add_coactivity(self._by_point(was[flipped]), counts, -1)
+            _add_coactivity(self._by_point(now[flipped]), counts)
+        return counts
+
+    def _active_outputs(self):
+        where = self._packed, self.signs, self._geometry, self._moments
+        work = 4 * self.nnz
+        return _sum_over_chunks(_add_outputs_in_words, self.live.size, len(self.X), work, *where)
+
+    def gathered(self, order):
+        """The active sets of some neurons, named by where they stand in `order`."""
+        bits = np.unpackbits(self._packed.words[order].view(np.uint8), axis=1, bitorder="little")
+        return _grouped(*np.nonzero(bits[:, : len(self.X)]))
+
+    def _weights(self, neurons):
+        packed = Packed(*(array[neurons] for array in self._packed))
+        packed.slack[:] = -np.inf
+        where = self._geometry, self._moments, np.arange(neurons.size)
+        _move_weights(packed, self.signs[neurons], *where)
+        return packed.weights
+
+    def check(self):
+        """Asserts every invariant of the words against the weights and all products."""
+        packed, n, everybody = self._packed, len(self.X), np.arange(self.live.size)
+        weights = self._weights(everybody)
+        products = weights @ self.X.T
+        excess, lengths = products - self.shift, np.linalg.norm(weights, axis=1, keepdims=True)
+        tolerance = np.broadcast_to(1e-9 * (1.0 + lengths), products.shape)
+        sets, active = self.gathered(everybody), np.zeros(products.shape, bool)
+        active[np.repeat(sets.neurons, np.diff(sets.offsets)), sets.points] = True
+        doubtful = np.abs(excess) <= tolerance
+        assert np.all((active == (excess >= 0)) | doubtful), "an active pair is missed or made up"
+        k = active.sum(axis=1)
+        assert np.array_equal(packed.active, k), "the number of active points is wrong"
+        assert np.array_equal(self.counts, active.T.astype(int) @ active), "counts are wrong"
+        assert self.changing == np.count_nonzero(k), "the number of neurons that move is wrong"
+        moved = np.linalg.norm(weights - packed.weights, axis=1)
+        left = np.maximum(packed.slack - moved, k * (packed.certificates - self._moments.distance))
+        safe = left[:, None] <= np.abs(excess) + tolerance
+        assert np.all(safe | (k == 0)[:, None]), "a pair can flip before its certificate ends"
+
+
+SEARCHES = {"dense": _Dense, "scan": _Scan, "tree": _Tree, "lazy": _Lazy, "words": _InWords}
 
 
 # ==================================================================================================
