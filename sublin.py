@@ -100,7 +100,7 @@ from numba import njit, types
 from numba.core.caching import FunctionCache
 from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
-from scipy.linalg.lapack import dpotrf, dpotrs
+from scipy.linalg.lapack import dpotrf, dpotrs, dtrtri
 from scipy.sparse.linalg import LinearOperator, cg
 
 __all__ = [
@@ -1204,11 +1204,11 @@ def _count_common(words, sign, counts, low, high):
 @njit(nogil=True)
 def _mirror(counts):
     """Copies what is below the diagonal above it, by tiles that stay in cache."""
-    n, tile = len(counts), 32
+    n, tile = len(counts), 16
     for top in range(0, n, tile):
         for left in range(0, top + 1, tile):
-            for i in range(top, min(top + tile, n)):
-                for j in range(left, min(left + tile, i)):
+            for j in range(left, min(left + tile, n)):
+                for i in range(max(top, j + 1), min(top + tile, n)):
                     counts[j, i] = counts[i, j]
 
 
@@ -1618,6 +1618,39 @@ class _Solver:
         return mu * step
 
 
+# Up to ONE_THREAD points BLAS keeps to one thread: its threads would be in the way of ours for a
+# while after each call. Factors of so many columns are made by our threads, PANEL at a time.
+ONE_THREAD, MANY_COLUMNS, PANEL = 4096, 1024, 128
+
+
+def _cholesky(A):
+    """R with A = R^T R, in LAPACK's order and with something else below its diagonal, and a number
+    that is not 0 if there is none: what dpotrf returns."""
+    n = len(A)
+    if not MANY_COLUMNS < n <= ONE_THREAD:
+        return dpotrf(A.T, lower=False, clean=False)
+    L = A.copy()  # R^T
+
+    def subtract(rows, panel):  # what columns before the panel make of A
+        L[rows, panel] -= L[rows, : panel.start] @ L[panel, : panel.start].T
+
+    def multiply(rows, panel, inverse):
+        L[rows, panel] = L[rows, panel] @ inverse.T
+
+    def parts(low):
+        return [slice(*ends) for ends in pairwise(np.linspace(low, n, 5).astype(int))]
+
+    for low in range(0, n, PANEL):
+        panel = slice(low, min(low + PANEL, n))
+        _map_in_threads(partial(subtract, panel=panel), parts(low), n * n)
+        L[panel, panel], failed = dpotrf(L[panel, panel], lower=True)
+        if failed:
+            return L.T, low + failed
+        inverse, _ = dtrtri(L[panel, panel], lower=True)
+        _map_in_threads(partial(multiply, panel=panel, inverse=inverse), parts(panel.stop), n * n)
+    return L.T, 0
+
+
 class _Cholesky(_Solver):
     """Exact, from the Gram matrix and its Cholesky factor [CGH+19, ZMG19]: O(n^3) after the Gram
     matrix, or O(n^2) for each iteration where the factor of an earlier one is near."""
@@ -1628,7 +1661,8 @@ class _Cholesky(_Solver):
     def prepare(self, J, mu):
         self._J, self._system = J, J.gram()
         if mu > 0:
-            self._system = self._system + mu * np.eye(len(J.X))
+            self._system = self._system.copy()
+            self._system.ravel()[:: len(J.X) + 1] += mu
 
     def solve(self, residual):
         near = STALE * (self._J.flips - self._flips) <= self._J.active_counts().sum()
@@ -1636,14 +1670,14 @@ class _Cholesky(_Solver):
             inverse = partial(scipy.linalg.cho_solve, self._factor, check_finite=False)
             with suppress(np.linalg.LinAlgError):  # raised if it is too far away
                 return _conjugate_gradients(self._system, residual, 1e-13, 10, inverse)
-        triangle, failed = dpotrf(self._system.T, lower=True, clean=False)  # in LAPACK's order
+        triangle, failed = _cholesky(self._system)
         pivots = triangle.diagonal()
         least = pivots.size * np.finfo(float).eps * pivots.max() ** 2
         if failed or pivots.min() ** 2 <= least:
             raise _singular_error(self._J)
         if len(residual) >= REUSE:
-            self._factor, self._flips = (triangle, True), self._J.flips
-        step, _ = dpotrs(triangle, residual, lower=True)
+            self._factor, self._flips = (triangle, False), self._J.flips
+        step, _ = dpotrs(triangle, residual, lower=False)
         return step, 0
 
 
@@ -2485,7 +2519,14 @@ def _combine(points, first, k, factors, X, w):
     """w = sum over a < k of factors[a] x_i, i the a-th point of the row."""
     for z in range(w.size):
         w[z] = 0.0
-    for a in range(k):
+    end = k - k % 4
+    for a in range(0, end, 4):  # four points for each time that w is read and written
+        i0, i1 = points[first + a], points[first + a + 1]
+        i2, i3 = points[first + a + 2], points[first + a + 3]
+        f0, f1, f2, f3 = factors[a], factors[a + 1], factors[a + 2], factors[a + 3]
+        for z in range(w.size):
+            w[z] += f0 * X[i0, z] + f1 * X[i1, z] + f2 * X[i2, z] + f3 * X[i3, z]
+    for a in range(end, k):
         i = points[first + a]
         for z in range(w.size):
             w[z] += factors[a] * X[i, z]
@@ -3495,8 +3536,10 @@ class _Lazy(_ByCounts):
 # as above, O(1); the travel, which is at least |w_r(t') - w_r(t)|, O(k) for k active points; and
 # the length itself, O(k d), which is what moving the weights takes.
 
-# Neurons that a thread looks at together: their products take 1 MB if n = 2000.
-TOGETHER = 128
+
+def _together(n):
+    """How many neurons a thread looks at together: their products with n points take 1 MB."""
+    return max(64, (1 << 18) // n)
 
 
 class Packed(NamedTuple):
@@ -3671,8 +3714,8 @@ def _count_bits(words, active):
 def _add_outputs_in_words(packed, signs, geometry, moments, edges, outputs):
     """Adds to outputs[chunk] the outputs of the neurons edges[chunk], ..., edges[chunk + 1] - 1."""
     X, shift, unit = geometry.X, geometry.shift, geometry.unit
-    here = moments.now - moments.first
-    points, factors, w = np.empty(len(X), np.uint32), np.empty(len(X)), np.empty(X.shape[1])
+    here, (n, d) = moments.now - moments.first, X.shape
+    points, factors, excess, w = np.empty(n, np.uint32), np.empty(n), np.empty(n), np.empty(d)
     for chunk in range(edges.size - 1):
         for q in range(edges[chunk], edges[chunk + 1]):
             k = _points_of(packed.words[q], points)
@@ -3680,8 +3723,10 @@ def _add_outputs_in_words(packed, signs, geometry, moments, edges, outputs):
             _travel(points, 0, k, -unit * signs[q], moments.sums, then, here, factors)
             _combine(points, 0, k, factors, X, w)
             _add_multiple(w, 1.0, packed.weights[q])
+            excess[:k] = -shift
+            _move_through_weights(points, excess, 0, k, X, w)
             for a in range(k):
-                outputs[chunk, points[a]] += unit * signs[q] * (_dot(w, X[points[a]]) - shift)
+                outputs[chunk, points[a]] += unit * signs[q] * excess[a]
 
 
 class _InWords(_ByCounts):
@@ -3729,8 +3774,9 @@ class _InWords(_ByCounts):
         size, copies = len(weights), signs.size // max(len(weights), 1)
         words = np.empty((size, -(-len(self.X) // 64)), np.uint64)
         active, slack = np.empty(size, np.int64), np.empty(size)
-        for low in range(0, size, TOGETHER):
-            part = slice(low, low + TOGETHER)
+        together = _together(len(self.X))
+        for low in range(0, size, together):
+            part = slice(low, low + together)
             self._find(weights[part], words[part], active[part], slack[part])
         live = np.ones(size, bool) if all_of_them else active > 0
         certificates = np.where(active > 0, slack / np.maximum(active, 1) * CAUTION, np.inf)
@@ -3793,7 +3839,8 @@ class _InWords(_ByCounts):
         """Looks at the neurons whose certificates ran out and whose slack is used up."""
         late = np.flatnonzero(self._packed.certificates <= self._moments.distance)
         work = late.size * len(self.X) * 4
-        parts = [late[low : low + TOGETHER] for low in range(0, late.size, TOGETHER)]
+        together = _together(len(self.X))
+        parts = [late[low : low + together] for low in range(0, late.size, together)]
         with _one_blas_thread():
             found = [part for part in _map_in_threads(self._look, parts, work) if part is not None]
         if not found:
@@ -3877,7 +3924,23 @@ class _InWords(_ByCounts):
         assert np.all(safe | (k == 0)[:, None]), "a pair can flip before its certificate ends"
 
 
-SEARCHES = {"dense": _Dense, "scan": _Scan, "tree": _Tree, "lazy": _Lazy, "words": _InWords}
+SEARCHES = {"dense": _Dense, "scan": _Scan, "tree": _Tree, "lazy": _Lazy}
+
+# Rows or words: where sqrt(n) P(Z >= b) is more, or the width less, words are faster. Measured for
+# n = 4 to 1024, d = 16 to 64 and widths to 2^18 at the paper's b.
+OFTEN, NARROW = 0.23, 1 << 12
+
+
+def _fires_often(n, width, shift):
+    """Whether neurons fire on so many of n points that the lazy search keeps activity in words, and
+    that all neurons are drawn."""
+    return width <= NARROW or math.sqrt(n) * scipy.special.ndtr(-shift) >= OFTEN
+
+
+def _search_class(search, n, width, shift):
+    if search == "lazy" and _fires_often(n, width, shift):
+        return _InWords
+    return SEARCHES[search]
 
 
 # ==================================================================================================
@@ -4188,6 +4251,9 @@ class _Stopwatch:
         self._last = now
 
 
+# Where the residual has fallen by more than this, rounding of the steps may be seen in it.
+SETTLED = 1e-8
+
 # How training can end above its tolerance.
 BY_CALLBACK, AT_A_FLOOR, AFTER_MAX_ITER = "by the callback", "at a floor", "after max_iter"
 
@@ -4445,7 +4511,8 @@ class SublinearTrainer:
         X, y = scales.unit_rows(X), scales.targets(y)
         d = X.shape[1]
         law = None
-        if self.draw != "all" and self.init == "antisymmetric":
+        often = self.draw == "auto" and _fires_often(len(X), self.width, shift)
+        if self.draw != "all" and self.init == "antisymmetric" and not often:
             law = _Law((X,), shift)
             law = law if law.rate <= HIGHEST_RATE else None
         start = _Start(seed, int(self.width), d, self.init, law)
@@ -4481,7 +4548,7 @@ class SublinearTrainer:
         X, y = scales.unit_rows(X), scales.targets(y)
         unreachable = _unreachable(X, y)
         if (
-            type(search) is SEARCHES[self.search]
+            type(search) is _search_class(self.search, len(X), self.width, shift)
             and search.dtype == self.dtype
             and (search.clear is None or SOLVERS[self.solver] not in (_Sketch, _Richardson))
             and np.array_equal(X, self._X)
@@ -4505,9 +4572,9 @@ class SublinearTrainer:
     def _problem(self, X, y, unreachable, shift, start, moved, news, progress):
         """What a fit is about: points, targets, and a search at a network of which some neurons
         have moved from the start; `news` is whether others may be live."""
-        kind, dtype = SEARCHES[self.search], np.dtype(self.dtype)
+        kind, dtype = _search_class(self.search, len(X), start.width, shift), np.dtype(self.dtype)
         kind.check_memory(X, start.width, dtype)
-        if kind is not _Lazy and start.law is not None:  # dead neurons, too, are held, and seen
+        if self.search != "lazy" and start.law is not None:  # dead neurons, too, are held, and seen
             if news and not start.law.seen:
                 moved = _with_live_pairs(moved, start, progress.drawn)
             start = start.shown()
@@ -4574,7 +4641,8 @@ class SublinearTrainer:
             changed, self._unfinished = search.changing, (search.mark(), progress)
             flips = search.advance(step, stopwatch.lap)
             after = _relative_residual(search.outputs, self._y)
-            if after <= self.tol or is_last:
+            worst = max(record["residual"] for record in self.history_)
+            if (after <= self.tol or is_last) and after <= SETTLED * worst:
                 search.settle()
                 stopwatch.lap("seconds_query")
                 after = _relative_residual(search.outputs, self._y)
@@ -4592,7 +4660,7 @@ class SublinearTrainer:
 
     def _solve(self, solver, J, residual, mu, lap):
         # With more points, threads of BLAS gain more than they lose.
-        with _one_blas_thread() if len(residual) <= 1024 else nullcontext():
+        with _one_blas_thread() if len(residual) <= ONE_THREAD else nullcontext():
             solver.prepare(J, mu)
             lap("seconds_jacobian")
             solved = solver.solve(residual)
