@@ -260,6 +260,72 @@ def ntk_eigenvalue_bounds(X, shift):
     return high * separability(X) / (100 * len(X) ** 2), high
 
 
+@njit(nogil=True)
+def _kernel_from_table(XXt, table, H):
+    """H = XXt times the table's function of sqrt(1 - XXt), by linear interpolation."""
+    scale = (table.size - 1) / math.sqrt(2.0)
+    for i in range(len(H)):
+        for j in range(len(H)):
+            place = math.sqrt(max(1.0 - XXt[i, j], 0.0)) * scale
+            k = min(int(place), table.size - 2)
+            H[i, j] = XXt[i, j] * (table[k] + (place - k) * (table[k + 1] - table[k]))
+
+
+def _predicted_flips(X, y, shift, width, regularisation):
+    """Predicted flips of the first Gauss-Newton step, per active pair.
+
+    A step solves (H + r P I) g = y, with r the `regularisation` and P = P(Z >= b). A neuron active
+    on x_i is active on x_j with probability P(both) / P, and then moves <w, x_i> by
+    m^(-1/2) g_j <x_i, x_j>, with its sign. These add up to a normal number of deviation s_i,
+    s_i^2 = sum_j H_ij <x_i, x_j> g_j^2 / (m P). Products of active pairs lie near b with density
+    phi(b) / P, so that phi(b) / P E|s_i Z| pairs cross it, as many from either side; E|Z| is 0.8.
+    """
+    XXt, H = X @ X.T, np.empty((len(X), len(X)))
+    # P(both) by <x_i, x_j> = 1 - u^2: smooth in u.
+    correlation = 1.0 - np.linspace(0.0, np.sqrt(2.0), 2049) ** 2
+    slope = np.sqrt((1.0 - correlation) / np.maximum(1.0 + correlation, 1e-300))
+    fires = scipy.special.ndtr(-shift)
+    both = np.maximum(fires - 2.0 * scipy.special.owens_t(shift, slope), 0.0)
+    _kernel_from_table(XXt, both, H)
+    XXt *= H
+    H.ravel()[:: len(X) + 1] += max(regularisation, 1e-9) * fires
+    triangle, failed = _cholesky(H)
+    if failed:
+        return np.inf
+    step, _ = dpotrs(triangle, y, lower=False)
+    deviations = np.sqrt(np.maximum(XXt @ step**2, 0.0) / (width * fires))
+    density = math.exp(-0.5 * shift * shift) / math.sqrt(2.0 * math.pi)
+    return float(0.8 * density / fires * deviations.mean())
+
+
+# Largest share of flips that shift="auto" allows; how its logarithm grows with b, by a b + c b^2,
+# on real data of all kinds; and the number of points from which on it is estimated from fewer.
+FLIPS, GROWTH, SAMPLED = 1.3, (0.6, 0.35), 2048
+
+
+def _shift_for(X, y, width, highest, regularisation):
+    """The largest b, up to `highest`, at which few enough pairs are predicted to flip in the first
+    step, and the predicted shares at `highest` and at b: (b, share at highest, share)."""
+    a, c = GROWTH
+    if len(X) <= SAMPLED:
+        share = _predicted_flips(X, y, highest, width, regularisation)
+    else:  # the share grows like a power of the number of points
+        every = np.random.default_rng(0).permutation(len(X))[:SAMPLED]
+        half, share = (
+            _predicted_flips(X[some], y[some], highest, width, regularisation)
+            for some in (every[: SAMPLED // 2], every)
+        )
+        share *= (len(X) / SAMPLED) ** math.log2(max(share / max(half, 1e-300), 1.0))
+    if not share > FLIPS:
+        return highest, share, share
+    # a b + c b^2 = a highest + c highest^2 - ln(share / FLIPS)
+    level = a * highest + c * highest**2 - math.log(share / FLIPS)
+    shift = (math.sqrt(max(a * a + 4.0 * c * level, 0.0)) - a) / (2.0 * c)
+    shift = max(shift, 0.0)
+    there = share * math.exp(a * (shift - highest) + c * (shift**2 - highest**2))
+    return shift, share, there
+
+
 def _regression_tolerance(X, shift):
     """Relative tolerance sqrt(lambda / n) / 6 of Algorithm 5, line 30.
 
@@ -1190,15 +1256,15 @@ def _pack_by_point(active, words, first, end):
 
 
 @njit(nogil=True)
-def _count_common(words, sign, counts, low, high):
-    """Adds sign times the bits that words[i] and words[j] share to counts[i, j], for low <= i < high
-    and j <= i."""
+def _count_common(words, times, counts, low, high):
+    """Adds how many bits words[i] and words[j] share, so many times, to counts[i, j], for low <= i <
+    high and j <= i."""
     for i in range(low, high):
         for j in range(i + 1):
             shared = np.uint64(0)
             for z in range(words.shape[1]):
                 shared += _population(words[i, z] & words[j, z])
-            counts[i, j] += sign * np.int32(shared)
+            counts[i, j] += times * np.int32(shared)
 
 
 @njit(nogil=True)
@@ -1212,13 +1278,13 @@ def _mirror(counts):
                     counts[j, i] = counts[i, j]
 
 
-def _add_coactivity(words, counts, sign=1):
-    """Adds to counts (n, n) how many bits each two points share; words (n, k) hold 64 neurons
-    each. O(n^2 k)."""
+def _add_coactivity(words, counts, times=1):
+    """Adds to counts (n, n), so many times, how many bits each two points share; words (n, k) hold
+    64 neurons each. O(n^2 k)."""
     edges = np.ceil(len(words) * np.sqrt(np.arange(CHUNKS + 1) / CHUNKS)).astype(int)  # of equal work
 
     def of_share(_, low, high):
-        _count_common(words, np.int32(sign), counts, edges[low], edges[high])
+        _count_common(words, np.int32(times), counts, edges[low], edges[high])
 
     _in_threads(of_share, words.size * len(words) // 16)
     _mirror(counts)
@@ -1553,7 +1619,8 @@ SKETCHES = {"sparse": sparse_sign_sketch, "srht": srht_sketch, "gaussian": gauss
 # A solver is made for one training, from a problem's points and threshold, and keeps what outlives
 # a step: a tolerance, a generator, a rate, an earlier factor. In each step prepare(J, mu) makes
 # what the system is solved from, the Gram matrix or a sketch, and solve(residual) returns g and
-# the number of inner iterations. Singular systems raise LinAlgError.
+# the number of inner iterations. With a ridge, lambda is a part of mu. Singular systems raise
+# LinAlgError.
 
 
 def _singular_error(J, otherwise=""):
@@ -1612,9 +1679,9 @@ REUSE, STALE = 4096, 20
 class _Solver:
     """What solvers share."""
 
-    def promise(self, J, residual, step, mu):
-        """f - y after a step if the network were linear in its weights: residual - G g, which is
-        mu g as (G + mu I) g = residual."""
+    def promise(self, J, residual, step, ridge, mu):
+        """The residual after a step if the network were linear in its weights: that before it less
+        (G + ridge I) g, which is mu g as (G + (ridge + mu) I) g = residual."""
         return mu * step
 
 
@@ -1778,24 +1845,26 @@ class _Richardson(_Sketch):
 
 class _Gradient(_Solver):
     """Gradient descent [SYZ21]: g = rate (f - y), the rate being 1 / ||G_0||, half of what would
-    just fail to converge, or zero if G_0 is; G_0 is G at the first step. If `damped`, the rate is
-    divided by 1 + rate mu; mu has no effect otherwise."""
+    just fail to converge, or zero if G_0 is; G_0 is G at the first step, with lambda I. If `damped`,
+    the rate is divided by 1 + rate mu; mu has no effect otherwise."""
 
-    def __init__(self, X, shift, damped):
-        self._rate, self._damped = None, damped
+    def __init__(self, X, shift, damped, ridge):
+        self._rate, self._damped, self._ridge = None, damped, ridge
 
     def prepare(self, J, mu):
         if self._rate is None:
             last = len(J.X) - 1
             norm = scipy.linalg.eigh(J.gram(), eigvals_only=True, subset_by_index=[last, last])[0]
+            norm += self._ridge
             self._rate = 1.0 / norm if norm > 0 else 0.0
-        self._step_size = self._rate / (1.0 + self._rate * mu if self._damped else 1.0)
+        mu = mu - self._ridge if self._damped else 0.0
+        self._step_size = self._rate / (1.0 + self._rate * mu)
 
     def solve(self, residual):
         return self._step_size * residual, 0
 
-    def promise(self, J, residual, step, mu):
-        return residual - J.gram_times(step)
+    def promise(self, J, residual, step, ridge, mu):
+        return residual - J.gram_times(step) - ridge * step
 
 
 SOLVERS = {
@@ -1961,6 +2030,11 @@ class _Search:
         self.operations = self.looked_at = self.flips = 0
         self.lean = lean  # whether a lazy search may leave neurons out that cannot flip
         self._begin(y, moved, news, report)
+
+    @property
+    def mean_diagonal(self):
+        """Of G, whose entries are |Q_i| / m but for rounding of |x_i|."""
+        return self.nnz / (len(self.X) * self.width)
 
     def take_counts(self):
         """Operations and neurons looked at since the last call."""
@@ -3676,8 +3750,8 @@ def _transpose(words, n, out, low, high):
     """Words by point, out (n, neurons / 64), from words by neuron: out[:, low], ..., out[:, high - 1].
     """
     tile = np.empty(64, np.uint64)
-    for group in range(low, high):
-        for z in range(words.shape[1]):
+    for z in range(words.shape[1]):
+        for group in range(low, high):
             for e in range(64):
                 q = 64 * group + e
                 tile[e] = words[q, z] if q < len(words) else np.uint64(0)
@@ -3750,7 +3824,8 @@ class _InWords(_ByCounts):
         self._packed = Packed(*arrays, looked=np.zeros(self.live.size, np.int64))
         self.n_live = self.live.size
         self.counts = np.zeros((n, n), np.int32)
-        _add_coactivity(self._by_point(self._packed.words), self.counts)
+        copies = 1 if moved.numbers.size else self.start.copies  # twins begin alike
+        _add_coactivity(self._by_point(self._packed.words[::copies]), self.counts, copies)
         self.changing = np.count_nonzero(self._packed.active)
         if moved.numbers.size or self.start.init == "gaussian":
             self.settle()
@@ -4044,15 +4119,15 @@ class _Scales(NamedTuple):
         return 1.0 if self.y is None else float(self.y.scale * self.y.unit)
 
 
-def _unreachable(X, y):
+def _unreachable(X, y, warn=True):
     """The part of y, (n,), that no function of X can fit, its deviations from the means over equal
-    rows; warns if there is any."""
+    rows; may warn if there is any."""
     rows = np.round(X, 12) + 0.0
     _, group, sizes = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     group = group.ravel()
     deviations = y - (np.bincount(group, y) / sizes)[group]
     deviations[np.abs(deviations) <= 1e-12 * np.abs(y).max()] = 0.0
-    if not deviations.any():
+    if not deviations.any() or not warn:
         return deviations
     least = np.linalg.norm(deviations) / np.linalg.norm(y)
     first = int(np.flatnonzero(deviations)[0])
@@ -4063,7 +4138,7 @@ def _unreachable(X, y):
         f"{least:.3g}; merge such rows, or set tol above that. If they differ in what you passed, "
         "entries that dwarf all others hide it: clip or transform their columns",
         UserWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
     return deviations
 
@@ -4072,7 +4147,7 @@ def _unreachable(X, y):
 # Saving
 # ==================================================================================================
 
-FORMAT = "sublin network, version 3"
+FORMAT, WITHOUT_DUAL = "sublin network, version 4", "sublin network, version 3"
 FORMER = "sublin network, version 1", "sublin network, version 2"
 SAVED = (
     *("history_", "residual_", "n_iter_", "converged_"),
@@ -4088,6 +4163,7 @@ def _save(trainer, path):
         "X": trainer._X,
         "y": trainer._y,
         "unreachable": trainer._unreachable,
+        "dual": trainer._dual,
         "live": network.live,
         "signs": network.signs.astype(np.int8),
         "weights": network.weights.astype(float),
@@ -4112,6 +4188,7 @@ def _save(trainer, path):
     drawn = {"random_state": start.seed, "width": start.width, "init": start.init}
     about = {
         "format": FORMAT,
+        "unit": trainer._unit,
         "params": {**trainer.get_params(), **drawn, "callback": None},
         "lift": scales.lift,
         "normalize": scales.normalize,
@@ -4166,7 +4243,7 @@ def _load(kind, path):
                     "it is from before sublin had a random generator of its own, so that neurons "
                     "that never fired cannot be drawn again"
                 )
-            if about["format"] != FORMAT:
+            if about["format"] not in (FORMAT, WITHOUT_DUAL):
                 raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
             return _restored(kind, about, arrays)
         except MemoryError:
@@ -4213,6 +4290,8 @@ def _restored(kind, about, arrays):
         {name: about[name] for name in SAVED},
         _scales=_Scales(x_standard, y_standard, about["lift"], about["normalize"]),
         **{"_X": X, "_y": y, "_unreachable": arrays["unreachable"]},
+        _dual=_check_vector("dual", arrays.get("dual", np.zeros(len(X))), size=len(X)),
+        _unit=about.get("unit", about["history_"][0]["active"] / trainer.width),
         **{"_search": None, "_network": network},
     )
     if about["feature_names"]:
@@ -4252,7 +4331,7 @@ class _Stopwatch:
 
 
 # Where the residual has fallen by more than this, rounding of the steps may be seen in it.
-SETTLED = 1e-8
+SETTLED = 1e-10
 
 # How training can end above its tolerance.
 BY_CALLBACK, AT_A_FLOOR, AFTER_MAX_ITER = "by the callback", "at a floor", "after max_iter"
@@ -4321,6 +4400,10 @@ class _Progress:
                 self._bar = self._bar or self._tqdm(total=100, desc="drawing neurons", unit="%")
                 self._bar.update(int(100 * share) - self._bar.n)
 
+    def tell(self, text):
+        if self.verbose:
+            (print if self._tqdm is None else self._tqdm.write)(text)
+
     def step(self, record):
         if self.verbose and self._tqdm is None:
             print(
@@ -4347,8 +4430,11 @@ class SublinearTrainer:
     Parameters
     ----------
     width : int, number m of neurons, which must be even with init="antisymmetric".
-    shift : float or "auto", threshold b of the activation; "auto" is default_shift(width, alpha).
-    alpha : float in [0, 1), for shift="auto".
+    shift : float, "auto" or "paper", threshold b of the activation. "paper" is
+        default_shift(width, alpha); "auto" is that or, where points lie so close together that more
+        pairs would flip in the first step than about are active, the largest b at which they are
+        predicted not to. shift_ says what was taken. A warm start keeps it.
+    alpha : float in [0, 1), for "auto" and "paper".
     search : how active neurons are found; same network, same steps, other costs for each step.
         "lazy"   products of live neurons near or above the threshold, and a certificate for each
                  neuron: only those looked at that may have crossed. About O(n |K|) for a first
@@ -4379,6 +4465,13 @@ class SublinearTrainer:
     damping : float >= 0, 0 being the paper's pure step; or "auto", Levenberg-Marquardt: the
         residual never rises, for a step that would raise it is taken back and tried again with more
         damping, which fades as the linear model proves right.
+    ridge : float >= 0; above 0 targets are fitted up to noise. Training then tends to where
+        f - y = lambda s, s being the sum of the dual steps and lambda = ridge times the mean of
+        G's diagonal at the start: where no pair flips that is kernel ridge regression with the
+        network's own kernel. Each step solves (G + (lambda + damping) I) g = f - y - lambda s, and
+        tol, damping="auto" and system_residual are about that right side. 0.1 to 1 suit most noisy
+        tables. A warm start on the same X goes on with s; on other points s begins at 0, so that
+        lambda holds the network where it is.
     normalize : how the rows of X get length 1. "lift" gives columns mean 0 and variance 1, appends
         a constant coordinate, so that parallel rows stay apart, and scales the rows; "rows" does
         the same without the coordinate; None takes X and y as they are and requires rows of length
@@ -4387,10 +4480,8 @@ class SublinearTrainer:
     dtype : precision of the products that "dense", "scan" and "tree" compute or keep. "float32"
         halves their memory and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always
         keeps its few pairs in float64.
-    tol : float, relative residual ||f - y|| / ||y|| at which training stops. One below rounding, 0
-        among them, is met at 1e-12 (1e-6 in float32), once nothing falls any more. A wide
-        network fits noise too: for noisy targets stop early, with a larger tol, or use more
-        damping.
+    tol : float, relative residual ||f - y - lambda s|| / ||y|| at which training stops. One below
+        rounding, 0 among them, is met at 1e-12 (1e-6 in float32), once nothing falls any more.
     max_iter : int, largest number of steps; 0 leaves the starting network.
     random_state : None, int, numpy RandomState or Generator. With draw="all" the starting weights
         depend on it, on init and on d alone, and a wider network extends a narrower one.
@@ -4401,14 +4492,15 @@ class SublinearTrainer:
     Attributes
     ----------
     history_ : a dict for the start (iteration 0) and for each step: iteration, residual (after it),
-        loss (half the mean squared error, in the units of y squared), active (mean |Q_i| after it),
+        system_residual (with the part that `ridge` leaves taken off; the same without ridge), loss (half the mean squared error, in the units of y squared), active (mean |Q_i| after it),
         changed (|K|, neurons the step moved), looked_at (neurons whose products it read), flips
         (pairs that crossed the threshold), inner_iterations, damping, rejected (steps taken back
         before it), operations (multiply-adds, comparisons and moves of products), seconds, and
         seconds by phase: seconds_query, seconds_jacobian (Gram matrix or sketch), seconds_solve,
         seconds_update. The start has no seconds: they are init_seconds_.
     loss_curve_ : list of the losses.
-    residual_ (float), n_iter_ (int), converged_ (bool), shift_ (float), n_live_ (int, neurons
+    residual_ (float), ||f - y|| / ||y||, n_iter_ (int), converged_ (bool), whether the system's
+        residual is at most tol, shift_ (float), n_live_ (int, neurons
         active on some point when the search began and, except with "dense", all that an earlier
         fit held), init_seconds_ (float), signs_ (m,) int8.
 
@@ -4423,6 +4515,7 @@ class SublinearTrainer:
 
     # The mark of a step that has begun and is not in history_, and the progress of its fit.
     _unfinished = None
+    _enough = None  # see _choose_shift
 
     def __init__(
         self,
@@ -4437,6 +4530,7 @@ class SublinearTrainer:
         init="antisymmetric",
         draw="auto",
         damping="auto",
+        ridge=0.0,
         normalize="lift",
         dtype="float64",
         tol=1e-6,
@@ -4456,6 +4550,7 @@ class SublinearTrainer:
         self.init = init
         self.draw = draw
         self.damping = damping
+        self.ridge = ridge
         self.normalize = normalize
         self.dtype = dtype
         self.tol = tol
@@ -4490,7 +4585,7 @@ class SublinearTrainer:
             else:
                 self._begin(X, y, shift, _feature_names(given), progress)
                 stopped = self._tell(progress)
-            first, start = len(self.history_), self.residual_
+            first, start = len(self.history_), self._system
             ended = BY_CALLBACK if stopped else self._train(progress)
         except SystemError as error:  # what an exception in a compiled kernel may show as
             while isinstance(error, SystemError) and error.__cause__ is not None:
@@ -4502,14 +4597,15 @@ class SublinearTrainer:
             self._roll_back()
             progress.close()
         if not self.converged_ and ended != BY_CALLBACK and self.max_iter > 0:
-            self._warn(ended, [start, *(record["residual"] for record in self.history_[first:])])
+            self._warn(ended, [start, *(told["system_residual"] for told in self.history_[first:])])
 
     def _begin(self, X, y, shift, names, progress):
         """A new network."""
         begin, seed, n_features = time.perf_counter(), _seed(self.random_state), X.shape[1]
         scales = _Scales.of(X, y, self.normalize)
         X, y = scales.unit_rows(X), scales.targets(y)
-        d = X.shape[1]
+        d, unreachable = X.shape[1], self._unreachable_part(X, y)
+        shift, enough = self._choose_shift(X, y - unreachable, shift, progress)
         law = None
         often = self.draw == "auto" and _fires_often(len(X), self.width, shift)
         if self.draw != "all" and self.init == "antisymmetric" and not often:
@@ -4517,8 +4613,10 @@ class SublinearTrainer:
             law = law if law.rate <= HIGHEST_RATE else None
         start = _Start(seed, int(self.width), d, self.init, law)
         moved = _Moved(np.zeros(0, np.int64), np.zeros((0, d), np.float32), np.zeros(0))
-        fitted = self._problem(X, y, _unreachable(X, y), shift, start, moved, True, progress)
-        fitted |= {"_scales": scales, "shift_": shift, "n_features_in_": n_features}
+        fitted = self._problem(X, y, unreachable, shift, start, moved, True, progress)
+        fitted |= {"_dual": np.zeros(len(y)), "_unit": fitted["_search"].mean_diagonal}
+        fitted |= {"_scales": scales, "shift_": shift, "_enough": enough}
+        fitted["n_features_in_"] = n_features
         fitted |= {} if names is None else {"feature_names_in_": names}
         damping = 0.0 if self.damping == "auto" else float(self.damping)
         told = dict.fromkeys(("changed", "flips", "inner_iterations", "rejected"), 0)
@@ -4537,7 +4635,7 @@ class SublinearTrainer:
         for name, now, before in (
             ("width", self.width, start.width),
             ("init", self.init, start.init),
-            ("shift", shift, self.shift_),
+            ("shift", self.shift_ if self.shift == "auto" else shift, self.shift_),
             ("normalize", self.normalize, scales.normalize),
         ):
             if now != before:
@@ -4546,12 +4644,13 @@ class SublinearTrainer:
                     f"got {now!r}; use warm_start=False to begin anew"
                 )
         X, y = scales.unit_rows(X), scales.targets(y)
-        unreachable = _unreachable(X, y)
+        unreachable = self._unreachable_part(X, y)
+        same_points = np.array_equal(X, self._X)
         if (
-            type(search) is _search_class(self.search, len(X), self.width, shift)
+            type(search) is _search_class(self.search, len(X), self.width, self.shift_)
             and search.dtype == self.dtype
             and (search.clear is None or SOLVERS[self.solver] not in (_Sketch, _Richardson))
-            and np.array_equal(X, self._X)
+            and same_points
         ):
             fitted = {"_y": y, "_unreachable": unreachable}
         else:
@@ -4563,11 +4662,35 @@ class SublinearTrainer:
                 law = start.law.with_points(X)
                 news = law is not start.law
                 start = start if start.law.seen else start._replace(law=law)
-            fitted = self._problem(X, y, unreachable, shift, start, moved, news, progress)
+            fitted = self._problem(X, y, unreachable, self.shift_, start, moved, news, progress)
             search = fitted["_search"]
-        residual = _relative_residual(search.outputs, y)
-        fitted |= {"residual_": residual, "converged_": residual <= self.tol}
+        if not same_points:
+            fitted |= {"_dual": np.zeros(len(y)), "_unit": search.mean_diagonal}
+        fitted |= self._reached(vars(self) | fitted)
         vars(self).update(fitted, init_seconds_=time.perf_counter() - begin)
+
+    def _unreachable_part(self, X, y):
+        """The part of y that no function of X can fit. A ridge makes that no fault of the data."""
+        return _unreachable(X, y, warn=self.ridge == 0)
+
+    def _choose_shift(self, X, y, highest, progress):
+        """The threshold that shift="auto" takes, or `highest`, which is what shift is otherwise; and
+        where even b = 0 is not low enough, the power of 2 of a width at which it is."""
+        if self.shift != "auto":
+            return highest, None
+        regularisation = self.ridge
+        if self.damping == "auto":
+            regularisation += DAMPING
+        else:
+            regularisation += self.damping / max(scipy.special.ndtr(-highest), 1e-300)
+        shift, at_highest, share = _shift_for(X, y, self.width, highest, regularisation)
+        text = f"shift {highest:.3g}, the paper's: {at_highest:.2g} pairs are predicted to flip in "
+        text += "the first step for each that is active"
+        if shift < highest:
+            text = f"shift {shift:.3g}, with {share:.2g} such pairs, instead of {text}"
+        progress.tell(text)
+        enough = math.log2(self.width * max(share / FLIPS, 1e-9) ** 2)
+        return shift, math.ceil(enough) if shift == 0 and share > FLIPS < np.inf else None
 
     def _problem(self, X, y, unreachable, shift, start, moved, news, progress):
         """What a fit is about: points, targets, and a search at a network of which some neurons
@@ -4589,20 +4712,39 @@ class SublinearTrainer:
         them. Returns how it ended."""
         solver, damping = self._new_solver(), _Damping(self.damping)
         last, rounding = self.n_iter_ + self.max_iter, self._rounding()
-        while not self.converged_ and self.n_iter_ < last and np.isfinite(self.residual_):
-            before = self.residual_
+        while not self.converged_ and self.n_iter_ < last and np.isfinite(self._system):
+            before = self._system
             stepped = self._step(solver, damping, progress, self.n_iter_ + 1 == last)
             if stepped and self._tell(progress):
                 return BY_CALLBACK
             # Nothing is gained where no step lowers the residual, or none can be made; pure steps
             # may raise it for a while, unless rounding is all that is left of it.
-            gained = stepped and self.residual_ <= (1.0 - 1e-10) * before
-            final = not stepped or damping.adaptive or self.residual_ <= rounding
+            gained = stepped and self._system <= (1.0 - 1e-10) * before
+            final = not stepped or damping.adaptive or self._system <= rounding
             if not gained and final:
                 break
         ended = AFTER_MAX_ITER if self.n_iter_ == last else AT_A_FLOOR
-        self.converged_ = bool(self.residual_ <= max(self.tol, rounding))
+        self.converged_ = bool(self._system <= max(self.tol, rounding))
         return ended
+
+    def _system_residual(self, outputs, dual, fitted):
+        """f - y - lambda s (n,), less the part of y that cannot be fitted, and its relative size with
+        all of y. `fitted` holds _y, _unreachable and _unit."""
+        ridge = self.ridge * fitted["_unit"]
+        error = outputs - (fitted["_y"] - fitted["_unreachable"])
+        if ridge == 0:
+            return error, _relative_residual(outputs, fitted["_y"])
+        error -= ridge * dual
+        return error, float(_norm(error) / _norm(fitted["_y"])) if error.any() else 0.0
+
+    def _reached(self, fitted, dual=None):
+        """residual_, converged_ and what else follows from the outputs and the sum of dual steps,
+        which is the one in `fitted` unless it is given."""
+        outputs, dual = fitted["_search"].outputs, fitted["_dual"] if dual is None else dual
+        _, system_residual = self._system_residual(outputs, dual, fitted)
+        residual = _relative_residual(outputs, fitted["_y"])
+        reached = {"residual_": residual, "_system": system_residual, "_dual": dual}
+        return reached | {"converged_": system_residual <= self.tol}
 
     def _rounding(self):
         """A relative residual of this size is rounding, whatever tol."""
@@ -4613,20 +4755,22 @@ class SublinearTrainer:
         if kind in (_Sketch, _Richardson):
             seed = self._search.start.seed
             return kind(*problem, SKETCHES[self.sketch], self.sketch_size, seed)
-        return kind(*problem, self.damping == "auto") if kind is _Gradient else kind(*problem)
+        if kind is _Gradient:
+            return kind(*problem, self.damping == "auto", self.ridge * self._unit)
+        return kind(*problem)
 
     def _step(self, solver, damping, progress, is_last):
         """One step and its record; False if it is not finite, or if no damping makes the residual
         fall."""
-        search, stopwatch, before = self._search, _Stopwatch(), self.residual_
-        J = search.jacobian()
+        search, stopwatch, before = self._search, _Stopwatch(), self._system
+        J, ridge = search.jacobian(), self.ridge * self._unit
         # g leaves out the part of f - y that no step can reduce: it would blow g up as mu falls,
         # without moving a weight.
-        residual = search.outputs - (self._y - self._unreachable)
+        residual, _ = self._system_residual(search.outputs, self._dual, vars(self))
         for rejected in range(TRIALS):
-            mu = damping.value(search.nnz / (len(self._X) * search.width), before)
+            mu = damping.value(search.mean_diagonal, before)
             try:
-                step, inner_iterations = self._solve(solver, J, residual, mu, stopwatch.lap)
+                step, inner_iterations = self._solve(solver, J, residual, ridge + mu, stopwatch.lap)
             except np.linalg.LinAlgError:
                 if not damping.adaptive:
                     raise
@@ -4634,23 +4778,26 @@ class SublinearTrainer:
                 continue
             if not np.isfinite(step).all():
                 return False
-            promised = solver.promise(J, residual, step, mu) - self._unreachable
+            promised = solver.promise(J, residual, step, ridge, mu)
+            promised = promised if ridge else promised - self._unreachable
             # Points without active neurons move no weight, but their g_i can be as large as 1 / mu,
             # which would drown the others in sums.
-            step = np.where(J.active_counts() > 0, step, 0.0)
+            dual, step = self._dual + step, np.where(J.active_counts() > 0, step, 0.0)
+            dual = dual if ridge else self._dual + step
             changed, self._unfinished = search.changing, (search.mark(), progress)
             flips = search.advance(step, stopwatch.lap)
-            after = _relative_residual(search.outputs, self._y)
+            _, after = self._system_residual(search.outputs, dual, vars(self))
             worst = max(record["residual"] for record in self.history_)
             if (after <= self.tol or is_last) and after <= SETTLED * worst:
                 search.settle()
                 stopwatch.lap("seconds_query")
-                after = _relative_residual(search.outputs, self._y)
+                _, after = self._system_residual(search.outputs, dual, vars(self))
             if after < before or not damping.adaptive:
                 damping.accept(before, after, np.linalg.norm(promised) / _norm(self._y))
                 counts = {"changed": changed, "flips": flips, "rejected": rejected}
                 inner = {"inner_iterations": inner_iterations, "damping": float(mu)}
-                reached = self._with_record(self.history_, vars(self), stopwatch, **counts, **inner)
+                told = {**counts, **inner, "dual": dual}
+                reached = self._with_record(self.history_, vars(self), stopwatch, **told)
                 vars(self).update(reached)  # one call, which no interrupt divides: now it is done
                 return True
             self._roll_back()
@@ -4667,18 +4814,19 @@ class SublinearTrainer:
             lap("seconds_solve")
         return solved
 
-    def _with_record(self, history, fitted, stopwatch, **told):
-        """residual_, converged_, n_iter_ and history_ after a step or at the start: `history` and
-        one record more, with what is `told`. `fitted` holds _search, _y and _scales."""
+    def _with_record(self, history, fitted, stopwatch, dual=None, **told):
+        """What _reached tells, n_iter_ and history_ after a step or at the start: `history` and one
+        record more, with what is `told`."""
         search, y, n = fitted["_search"], fitted["_y"], len(fitted["_y"])
-        residual = _relative_residual(search.outputs, y)
-        unit = _norm(y) * fitted["_scales"].y_unit / np.sqrt(2 * n)
+        reached = self._reached(fitted, dual)
+        residual, unit = reached["residual_"], _norm(y) * fitted["_scales"].y_unit / np.sqrt(2 * n)
         with np.errstate(over="ignore"):
             loss = float(np.square(residual * unit))
         operations, looked_at = search.take_counts()
         record = {
             "iteration": len(history),
             "residual": residual,
+            "system_residual": reached["_system"],
             "loss": loss,
             "active": search.nnz / n,
             "looked_at": looked_at,
@@ -4687,7 +4835,6 @@ class SublinearTrainer:
             "seconds": sum(stopwatch.phases.values()),
             **stopwatch.phases,
         }
-        reached = {"residual_": residual, "converged_": residual <= self.tol}
         reached |= {"n_iter_": len(history), "history_": [*history, record]}
         return {**reached, "_unfinished": None}
 
@@ -4708,16 +4855,18 @@ class SublinearTrainer:
         """Says why training has ended above tol, and what to change; `residuals` are those at the
         beginning of the fit and after each of its steps."""
         counts, (n, m) = self._search.jacobian().active_counts(), (len(self._X), self.width)
-        silent, last = np.flatnonzero(counts == 0), residuals[-6:]
-        floor = np.linalg.norm(self._unreachable) / _norm(self._y)
+        silent, last, reached = np.flatnonzero(counts == 0), residuals[-6:], self._system
+        floor = 0.0 if self.ridge else np.linalg.norm(self._unreachable) / _norm(self._y)
+        noisy = "" if self.ridge else "; for noisy targets set ridge (try 0.1)"
+        wide = "" if self._enough is None else f" (at 2^{self._enough} shift=0 is expected to do)"
         rounding = self._rounding() * np.sqrt(n) / _norm(self._y)
         slowed = self.damping not in ("auto", 0) and self.solver != "gradient"
-        if not np.isfinite(self.residual_) or last[-1] > 1.5 * min(last):
+        if not np.isfinite(reached) or last[-1] > 1.5 * min(last):
             kind = "the pure step" if self.damping == 0 else f"training with damping={self.damping}"
             remedy = (
-                f'{kind} diverges; set damping="auto", or use a larger width or a smaller shift'
+                f'{kind} diverges; set damping="auto", or use a larger width or a smaller shift{noisy}'
             )
-        elif self.residual_ <= 1.01 * floor:
+        elif reached <= 1.01 * floor:
             remedy = f"it cannot fall below {floor:.2e} since points coincide; raise tol above "
             remedy += "that, or merge them"
         elif silent.size:
@@ -4728,7 +4877,7 @@ class SublinearTrainer:
         elif counts.mean() > 0.95 * m:
             remedy = "nearly all neurons are active on all points, which makes the network linear; "
             remedy += "raise shift"
-        elif self.residual_ <= 10.0 * rounding:
+        elif reached <= 10.0 * rounding:
             remedy = "rounding hides what is left of targets so small; scale y"
             remedy += ', or use dtype="float64"' if self.dtype == "float32" else ""
         elif slowed and len(last) > 1 and last[-1] > 0.8 * last[-2]:
@@ -4737,18 +4886,19 @@ class SublinearTrainer:
         elif ended == AFTER_MAX_ITER and last[-1] < 0.99 * last[0]:
             remedy = (
                 "it was still falling; raise max_iter, or, for faster steps, lower shift or raise "
-                "width"
+                f"width{wide}{noisy}"
             )
         elif self.n_features_in_ <= 2:
             remedy = (
                 "it has all but stopped falling: as functions of so few columns, networks are "
                 "smooth. For targets that vary quickly add columns to X, such as splines or sines "
-                "of these (scikit-learn's SplineTransformer); for others raise width"
+                f"of these (scikit-learn's SplineTransformer); for others raise width{wide}{noisy}"
             )
         else:
-            remedy = "it has stopped falling; lower shift or raise width, for more active neurons"
+            remedy = "it has stopped falling; lower shift or raise width"
+            remedy += f", for more active neurons{wide}{noisy}"
         warnings.warn(
-            f"relative residual {self.residual_:.2e} after {self.n_iter_} steps is above "
+            f"relative residual {reached:.2e} after {self.n_iter_} steps is above "
             f"tol={self.tol:g}: {remedy}",
             _convergence_warning(_of_sklearn("ConvergenceWarning", ConvergenceWarning)),
             stacklevel=4,
@@ -4960,7 +5110,7 @@ class SublinearTrainer:
         )
 
     def _check_options(self):
-        """Raises on bad options; returns the threshold."""
+        """Raises on bad options; returns the threshold, the highest one with shift="auto"."""
         _check_integer("width", self.width, 1, WIDEST)
         for name, known in (
             ("search", SEARCHES),
@@ -4986,13 +5136,15 @@ class SublinearTrainer:
             )
         if self.sketch_size is not None:
             _check_integer("sketch_size", self.sketch_size, 1)
-        _check_auto("damping", self.damping, 0.0)
+        _check_real_or(("auto",), "damping", self.damping, 0.0)
+        _check_real("ridge", self.ridge, 0.0)
         _check_real("tol", self.tol, 0.0)
         _check_integer("max_iter", self.max_iter, 0)
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback must be callable, got {self.callback!r}")
-        default, shift = default_shift(self.width, self.alpha), _check_auto("shift", self.shift)
-        return default if shift == "auto" else shift
+        paper = default_shift(self.width, self.alpha)
+        shift = _check_real_or(("auto", "paper"), "shift", self.shift)
+        return paper if shift in ("auto", "paper") else shift
 
     def _check_sketch_size(self, n):
         size = self.sketch_size
@@ -5051,12 +5203,13 @@ def _check_real(name, value, low=-np.inf, below=np.inf):
     return float(value)
 
 
-def _check_auto(name, value, low=-np.inf):
-    """A finite float, low or more, or "auto"."""
+def _check_real_or(words, name, value, low=-np.inf):
+    """A finite float, low or more, or one of some words."""
     if not isinstance(value, str):
         return _check_real(name, value, low)
-    if value != "auto":
-        raise TypeError(f'{name} must be a number or "auto", got {value!r}')
+    if value not in words:
+        known = " or ".join(f'"{word}"' for word in words)
+        raise TypeError(f"{name} must be a number or {known}, got {value!r}")
     return value
 
 
