@@ -271,59 +271,62 @@ def _kernel_from_table(XXt, table, H):
             H[i, j] = XXt[i, j] * (table[k] + (place - k) * (table[k + 1] - table[k]))
 
 
-def _predicted_flips(X, y, shift, width, regularisation):
-    """Predicted flips of the first Gauss-Newton step, per active pair.
+def _second_over_first(X, y, shift, width, regularisation):
+    """Predicted length of the second Gauss-Newton step, |J^T g|, over that of the first. Where it is
+    small training converges, since each step has only to mend what flips in the one before left.
 
-    A step solves (H + r P I) g = y, with r the `regularisation` and P = P(Z >= b). A neuron active
-    on x_i is active on x_j with probability P(both) / P, and then moves <w, x_i> by
-    m^(-1/2) g_j <x_i, x_j>, with its sign. These add up to a normal number of deviation s_i,
-    s_i^2 = sum_j H_ij <x_i, x_j> g_j^2 / (m P). Products of active pairs lie near b with density
-    phi(b) / P, so that phi(b) / P E|s_i Z| pairs cross it, as many from either side; E|Z| is 0.8.
+    The first step solves (H + r P I) g = y, with r the `regularisation` and P = P(Z >= b). A neuron
+    that fires on x_i fires on x_j with probability P(both) / P, and then moves <w, x_i> by
+    m^(-1/2) g_j <x_i, x_j>, with its sign. These moves add up to a normal number s_i Z,
+    s_i^2 = sum_j H_ij <x_i, x_j> g_j^2 / (m P). Of the m products on x_i, which have the density
+    phi(b) at b, those cross b that are nearer than they move. A pair that crosses by t is wrong by
+    t / sqrt(m), with either sign, which leaves an error e_i of variance phi(b) s_i^3 E|Z|^3 / 3.
+    The squared lengths are y^T H^-1 y and e^T H^-1 e, of which the mean over a few e of random
+    signs is taken. O(n^3).
     """
-    XXt, H = X @ X.T, np.empty((len(X), len(X)))
-    # P(both) by <x_i, x_j> = 1 - u^2: smooth in u.
-    correlation = 1.0 - np.linspace(0.0, np.sqrt(2.0), 2049) ** 2
+    n, (XXt, H) = len(X), (X @ X.T, np.empty((len(X), len(X))))
+    correlation = 1.0 - np.linspace(0.0, math.sqrt(2.0), 2049) ** 2  # P(both) is smooth in its root
     slope = np.sqrt((1.0 - correlation) / np.maximum(1.0 + correlation, 1e-300))
     fires = scipy.special.ndtr(-shift)
     both = np.maximum(fires - 2.0 * scipy.special.owens_t(shift, slope), 0.0)
     _kernel_from_table(XXt, both, H)
     XXt *= H
-    H.ravel()[:: len(X) + 1] += max(regularisation, 1e-9) * fires
+    H.ravel()[:: n + 1] += max(regularisation, 1e-9) * fires
     triangle, failed = _cholesky(H)
     if failed:
         return np.inf
     step, _ = dpotrs(triangle, y, lower=False)
-    deviations = np.sqrt(np.maximum(XXt @ step**2, 0.0) / (width * fires))
+    moves = np.sqrt(np.maximum(XXt @ step**2, 0.0) / (width * fires))
     density = math.exp(-0.5 * shift * shift) / math.sqrt(2.0 * math.pi)
-    return float(0.8 * density / fires * deviations.mean())
+    deviations = np.sqrt(density * 0.532 * moves**3)
+    errors = deviations[:, None] * np.random.default_rng(0).choice((-1.0, 1.0), (n, 32))
+    mended, _ = dpotrs(triangle, errors, lower=False)
+    return math.sqrt(max(np.sum(errors * mended) / 32.0, 0.0) / max(y @ step, 1e-300))
 
 
-# Largest share of flips that shift="auto" allows; how its logarithm grows with b, by a b + c b^2,
-# on real data of all kinds; and the number of points from which on it is estimated from fewer.
-FLIPS, GROWTH, SAMPLED = 1.3, (0.6, 0.35), 2048
+# shift="auto" wants that ratio to be at most RATIO. It is computed at the paper's b, from SAMPLED
+# points at most, and carried over to others: on real data of all kinds its logarithm grows with b
+# like GROWTH b^2, down to b = LOWEST, below which it hardly falls while neurons fire on ever more
+# points; and with the width m it falls like m^(-3/4).
+RATIO, GROWTH, LOWEST, SAMPLED = 0.08, 0.42, 1.0, 2048
 
 
 def _shift_for(X, y, width, highest, regularisation):
-    """The largest b, up to `highest`, at which few enough pairs are predicted to flip in the first
-    step, and the predicted shares at `highest` and at b: (b, share at highest, share)."""
-    a, c = GROWTH
+    """The largest b from LOWEST to `highest` at which _second_over_first is predicted to be at most
+    RATIO, or LOWEST; and the predictions at `highest` and at b."""
     if len(X) <= SAMPLED:
-        share = _predicted_flips(X, y, highest, width, regularisation)
-    else:  # the share grows like a power of the number of points
-        every = np.random.default_rng(0).permutation(len(X))[:SAMPLED]
-        half, share = (
-            _predicted_flips(X[some], y[some], highest, width, regularisation)
-            for some in (every[: SAMPLED // 2], every)
+        ratio = _second_over_first(X, y, highest, width, regularisation)
+    else:  # which changes like a power of the number of points
+        some = np.random.default_rng(0).permutation(len(X))[:SAMPLED]
+        half, ratio = (
+            _second_over_first(X[few], y[few], highest, width, regularisation)
+            for few in (some[: SAMPLED // 2], some)
         )
-        share *= (len(X) / SAMPLED) ** math.log2(max(share / max(half, 1e-300), 1.0))
-    if not share > FLIPS:
-        return highest, share, share
-    # a b + c b^2 = a highest + c highest^2 - ln(share / FLIPS)
-    level = a * highest + c * highest**2 - math.log(share / FLIPS)
-    shift = (math.sqrt(max(a * a + 4.0 * c * level, 0.0)) - a) / (2.0 * c)
-    shift = max(shift, 0.0)
-    there = share * math.exp(a * (shift - highest) + c * (shift**2 - highest**2))
-    return shift, share, there
+        ratio *= (len(X) / SAMPLED) ** math.log2(max(ratio / max(half, 1e-300), 1.0))
+    if highest <= LOWEST or not ratio > RATIO:
+        return highest, ratio, ratio
+    shift = math.sqrt(max(highest**2 - math.log(ratio / RATIO) / GROWTH, LOWEST**2))
+    return shift, ratio, ratio * math.exp(GROWTH * (shift**2 - highest**2))
 
 
 def _regression_tolerance(X, shift):
@@ -4431,9 +4434,10 @@ class SublinearTrainer:
     ----------
     width : int, number m of neurons, which must be even with init="antisymmetric".
     shift : float, "auto" or "paper", threshold b of the activation. "paper" is
-        default_shift(width, alpha); "auto" is that or, where points lie so close together that more
-        pairs would flip in the first step than about are active, the largest b at which they are
-        predicted not to. shift_ says what was taken. A warm start keeps it.
+        default_shift(width, alpha); "auto" is that or, where points lie so close together that
+        flips in the first step are predicted to make the second one longer than about a twelfth of
+        the first, the largest b at which they are not, but not below 1. shift_ says what was taken. A
+        warm start keeps it.
     alpha : float in [0, 1), for "auto" and "paper".
     search : how active neurons are found; same network, same steps, other costs for each step.
         "lazy"   products of live neurons near or above the threshold, and a certificate for each
@@ -4675,7 +4679,7 @@ class SublinearTrainer:
 
     def _choose_shift(self, X, y, highest, progress):
         """The threshold that shift="auto" takes, or `highest`, which is what shift is otherwise; and
-        where even b = 0 is not low enough, the power of 2 of a width at which it is."""
+        where none is low enough, the power of 2 of a width at which one is."""
         if self.shift != "auto":
             return highest, None
         regularisation = self.ridge
@@ -4683,14 +4687,16 @@ class SublinearTrainer:
             regularisation += DAMPING
         else:
             regularisation += self.damping / max(scipy.special.ndtr(-highest), 1e-300)
-        shift, at_highest, share = _shift_for(X, y, self.width, highest, regularisation)
-        text = f"shift {highest:.3g}, the paper's: {at_highest:.2g} pairs are predicted to flip in "
-        text += "the first step for each that is active"
+        with _one_blas_thread():
+            shift, at_highest, ratio = _shift_for(X, y, self.width, highest, regularisation)
+        text = f"shift {highest:.3g}, the paper's, where the second step is predicted to be "
+        text += f"{at_highest:.2g} times as long as the first"
         if shift < highest:
-            text = f"shift {shift:.3g}, with {share:.2g} such pairs, instead of {text}"
+            text = f"shift {shift:.3g} ({ratio:.2g} times), instead of {text}"
         progress.tell(text)
-        enough = math.log2(self.width * max(share / FLIPS, 1e-9) ** 2)
-        return shift, math.ceil(enough) if shift == 0 and share > FLIPS < np.inf else None
+        if not 1.01 * RATIO < ratio < np.inf:
+            return shift, None
+        return shift, math.ceil(math.log2(self.width * (ratio / RATIO) ** (4 / 3)))
 
     def _problem(self, X, y, unreachable, shift, start, moved, news, progress):
         """What a fit is about: points, targets, and a search at a network of which some neurons
@@ -4858,7 +4864,7 @@ class SublinearTrainer:
         silent, last, reached = np.flatnonzero(counts == 0), residuals[-6:], self._system
         floor = 0.0 if self.ridge else np.linalg.norm(self._unreachable) / _norm(self._y)
         noisy = "" if self.ridge else "; for noisy targets set ridge (try 0.1)"
-        wide = "" if self._enough is None else f" (at 2^{self._enough} shift=0 is expected to do)"
+        wide = "" if self._enough is None else f" (2^{self._enough} is expected to do)"
         rounding = self._rounding() * np.sqrt(n) / _norm(self._y)
         slowed = self.damping not in ("auto", 0) and self.solver != "gradient"
         if not np.isfinite(reached) or last[-1] > 1.5 * min(last):
