@@ -308,7 +308,7 @@ def _second_over_first(X, y, shift, width, regularisation):
 # points at most, and carried over to others: on real data of all kinds its logarithm grows with b
 # like GROWTH b^2, down to b = LOWEST, below which it hardly falls while neurons fire on ever more
 # points; and with the width m it falls like m^(-3/4).
-RATIO, GROWTH, LOWEST, SAMPLED = 0.08, 0.42, 1.0, 2048
+RATIO, GROWTH, LOWEST, SAMPLED = 0.08, 0.42, 1.0, 1024
 
 
 def _shift_for(X, y, width, highest, regularisation):
@@ -1695,17 +1695,16 @@ ONE_THREAD, MANY_COLUMNS, PANEL = 4096, 1024, 128
 
 def _cholesky(A):
     """R with A = R^T R, in LAPACK's order and with something else below its diagonal, and a number
-    that is not 0 if there is none: what dpotrf returns."""
+    that is not 0 if there is none: what dpotrf returns. A is overwritten."""
     n = len(A)
     if not MANY_COLUMNS < n <= ONE_THREAD:
-        return dpotrf(A.T, lower=False, clean=False)
-    L = A.copy()  # R^T
+        return dpotrf(A.T, lower=False, clean=False, overwrite_a=True)
 
     def subtract(rows, panel):  # what columns before the panel make of A
-        L[rows, panel] -= L[rows, : panel.start] @ L[panel, : panel.start].T
+        A[rows, panel] -= A[rows, : panel.start] @ A[panel, : panel.start].T
 
     def multiply(rows, panel, inverse):
-        L[rows, panel] = L[rows, panel] @ inverse.T
+        A[rows, panel] = A[rows, panel] @ inverse.T
 
     def parts(low):
         return [slice(*ends) for ends in pairwise(np.linspace(low, n, 5).astype(int))]
@@ -1713,12 +1712,12 @@ def _cholesky(A):
     for low in range(0, n, PANEL):
         panel = slice(low, min(low + PANEL, n))
         _map_in_threads(partial(subtract, panel=panel), parts(low), n * n)
-        L[panel, panel], failed = dpotrf(L[panel, panel], lower=True)
+        A[panel, panel], failed = dpotrf(A[panel, panel], lower=True)
         if failed:
-            return L.T, low + failed
-        inverse, _ = dtrtri(L[panel, panel], lower=True)
+            return A.T, low + failed
+        inverse, _ = dtrtri(A[panel, panel], lower=True)
         _map_in_threads(partial(multiply, panel=panel, inverse=inverse), parts(panel.stop), n * n)
-    return L.T, 0
+    return A.T, 0
 
 
 class _Cholesky(_Solver):
@@ -1729,10 +1728,8 @@ class _Cholesky(_Solver):
         self._factor, self._flips = None, 0  # the earlier factor, and J.flips when it was made
 
     def prepare(self, J, mu):
-        self._J, self._system = J, J.gram()
-        if mu > 0:
-            self._system = self._system.copy()
-            self._system.ravel()[:: len(J.X) + 1] += mu
+        self._J, self._system = J, J.gram().copy()
+        self._system.ravel()[:: len(J.X) + 1] += mu
 
     def solve(self, residual):
         near = STALE * (self._J.flips - self._flips) <= self._J.active_counts().sum()
@@ -1740,7 +1737,7 @@ class _Cholesky(_Solver):
             inverse = partial(scipy.linalg.cho_solve, self._factor, check_finite=False)
             with suppress(np.linalg.LinAlgError):  # raised if it is too far away
                 return _conjugate_gradients(self._system, residual, 1e-13, 10, inverse)
-        triangle, failed = _cholesky(self._system)
+        triangle, failed = _cholesky(self._system)  # which is made anew in the next step
         pivots = triangle.diagonal()
         least = pivots.size * np.finfo(float).eps * pivots.max() ** 2
         if failed or pivots.min() ** 2 <= least:
@@ -4004,19 +4001,20 @@ class _InWords(_ByCounts):
 
 SEARCHES = {"dense": _Dense, "scan": _Scan, "tree": _Tree, "lazy": _Lazy}
 
-# Rows or words: where sqrt(n) P(Z >= b) is more, or the width less, words are faster. Measured for
-# n = 4 to 1024, d = 16 to 64 and widths to 2^18 at the paper's b.
-OFTEN, NARROW = 0.23, 1 << 12
+# Rows or words: words are faster where n^(1/3) d^(-1/2) P(Z >= b) is at least OFTEN, or the network
+# is narrow. Measured for n from 16 to 1024, d from 16 to 64 and widths to 2^18 at the paper's b.
+OFTEN, NARROW = 0.01, 1 << 12
 
 
-def _fires_often(n, width, shift):
-    """Whether neurons fire on so many of n points that the lazy search keeps activity in words, and
-    that all neurons are drawn."""
-    return width <= NARROW or math.sqrt(n) * scipy.special.ndtr(-shift) >= OFTEN
+def _fires_often(n, d, width, shift):
+    """Whether neurons fire on so many of n points in d dimensions that the lazy search keeps their
+    activity in words, and that all neurons are drawn."""
+    often = np.cbrt(n) / math.sqrt(d) * scipy.special.ndtr(-shift) >= OFTEN
+    return width <= NARROW or bool(often)
 
 
-def _search_class(search, n, width, shift):
-    if search == "lazy" and _fires_often(n, width, shift):
+def _search_class(search, X, width, shift):
+    if search == "lazy" and _fires_often(*X.shape, width, shift):
         return _InWords
     return SEARCHES[search]
 
@@ -4611,7 +4609,7 @@ class SublinearTrainer:
         d, unreachable = X.shape[1], self._unreachable_part(X, y)
         shift, enough = self._choose_shift(X, y - unreachable, shift, progress)
         law = None
-        often = self.draw == "auto" and _fires_often(len(X), self.width, shift)
+        often = self.draw == "auto" and _fires_often(len(X), d, self.width, shift)
         if self.draw != "all" and self.init == "antisymmetric" and not often:
             law = _Law((X,), shift)
             law = law if law.rate <= HIGHEST_RATE else None
@@ -4651,7 +4649,7 @@ class SublinearTrainer:
         unreachable = self._unreachable_part(X, y)
         same_points = np.array_equal(X, self._X)
         if (
-            type(search) is _search_class(self.search, len(X), self.width, self.shift_)
+            type(search) is _search_class(self.search, X, self.width, self.shift_)
             and search.dtype == self.dtype
             and (search.clear is None or SOLVERS[self.solver] not in (_Sketch, _Richardson))
             and same_points
@@ -4701,7 +4699,7 @@ class SublinearTrainer:
     def _problem(self, X, y, unreachable, shift, start, moved, news, progress):
         """What a fit is about: points, targets, and a search at a network of which some neurons
         have moved from the start; `news` is whether others may be live."""
-        kind, dtype = _search_class(self.search, len(X), start.width, shift), np.dtype(self.dtype)
+        kind, dtype = _search_class(self.search, X, start.width, shift), np.dtype(self.dtype)
         kind.check_memory(X, start.width, dtype)
         if self.search != "lazy" and start.law is not None:  # dead neurons, too, are held, and seen
             if news and not start.law.seen:
