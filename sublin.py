@@ -3612,8 +3612,8 @@ class _Lazy(_ByCounts):
 
 
 def _together(n):
-    """How many neurons a thread looks at together: their products with n points take 1 MB."""
-    return max(64, (1 << 18) // n)
+    """How many neurons a thread looks at together: their products with n points take 2 MB."""
+    return max(64, (1 << 19) // n)
 
 
 class Packed(NamedTuple):
@@ -3920,18 +3920,19 @@ class _InWords(_ByCounts):
             found = [part for part in _map_in_threads(self._look, parts, work) if part is not None]
         if not found:
             return
-        neurons, was, now, points, changes = map(np.concatenate, zip(*found, strict=True))
-        self.looked_at += neurons.size
-        self.operations += neurons.size * self.X.size
+        looked_at, was, now, points, changes = zip(*found, strict=True)
+        self.looked_at += sum(looked_at)
+        self.operations += sum(looked_at) * self.X.size
+        points, changes = np.concatenate(points), np.concatenate(changes)
         if points.size:
             self.outputs = self.outputs + np.bincount(points, changes, len(self.X))
-            self.counts = self._counts_after(neurons, was, now)
+            self.counts = self._counts_after(was, now)
             self.changing = np.count_nonzero(self._packed.active)
             self.flips += points.size
 
     def _look(self, neurons):
-        """Of some neurons those that had to be looked at, their words before and now, points that
-        have flipped and what they add to the outputs; None if there are none."""
+        """How many of some neurons had to be looked at; the words before and now of those that have
+        flips, and the points that flipped and what they add to the outputs. None if none had to."""
         packed, signs = self._packed, self.signs
         self._remember(neurons)
         where = self._geometry, self._moments
@@ -3946,19 +3947,19 @@ class _InWords(_ByCounts):
         packed.certificates[neurons] = np.where(active > 0, left, np.inf)
         scales = signs[neurons] * self._geometry.unit
         flips = _flips_in_words(was, now, weights, scales, self._geometry)
-        return neurons, was, now, *flips
-
-    def _counts_after(self, neurons, was, now):
-        """C after the words of some neurons have changed: from these, or from all words if they are
-        most."""
         flipped = (was != now).any(axis=1)
-        if 2 * np.count_nonzero(flipped) > self.live.size:
+        return neurons.size, was[flipped], now[flipped], *flips
+
+    def _counts_after(self, was, now):
+        """C after words of some neurons have changed: from these, or from all words if they are
+        most."""
+        if 2 * sum(map(len, was)) > self.live.size:
             counts = np.zeros_like(self.counts)
             _add_coactivity(self._by_point(self._packed.words), counts)
         else:
             counts = self.counts.copy()
-            _add_coactivity(self._by_point(was[flipped]), counts, -1)
-            _add_coactivity(self._by_point(now[flipped]), counts)
+            _add_coactivity(self._by_point(np.concatenate(was)), counts, -1)
+            _add_coactivity(self._by_point(np.concatenate(now)), counts)
         return counts
 
     def _active_outputs(self):
