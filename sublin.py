@@ -4408,9 +4408,13 @@ class _Progress:
 
     def step(self, record):
         if self.verbose and self._tqdm is None:
+            differs = record["system_residual"] != record["residual"]
+            system = "  of the system {system_residual:.2e}" if differs else ""
             print(
-                "{iteration:4d}  residual {residual:.2e}  damping {damping:.1e}  rejected "
-                "{rejected}  changed {changed}  flips {flips}  {seconds:.3f} s".format(**record)
+                "{iteration:4d}  residual {residual:.2e}{system}  damping {damping:.1e}  rejected "
+                "{rejected}  changed {changed}  flips {flips}  {seconds:.3f} s".format(
+                    **record, system=system.format(**record)
+                )
             )
         elif self.verbose:
             if record["iteration"] == 0 or self._bar is None:

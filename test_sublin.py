@@ -85,8 +85,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 core = pytest.mark.core
 
-# search="lazy" keeps rows or words, as pays. Here it keeps rows, and "words" is the other way.
-sublin.SEARCHES["words"] = sublin._InWords
+# search="lazy" keeps rows or words, as it pays. Here it keeps rows, and "words" is the other way.
 SEARCHES = ("dense", "scan", "tree", "lazy", "words")
 SOLVERS = ("cholesky", "sketch", "richardson", "cg", "gradient")
 searches = pytest.mark.parametrize("search", SEARCHES)
@@ -99,6 +98,7 @@ thorough = settings(deadline=None, max_examples=40, suppress_health_check=[Healt
 def lazy_searches_keep_rows(request, monkeypatch):
     if request.node.get_closest_marker("as_it_pays") is None:
         monkeypatch.setattr(sublin, "_fires_often", lambda *_: False)
+        monkeypatch.setitem(sublin.SEARCHES, "words", sublin._InWords)
 
 
 # ==================================================================================================
@@ -1930,6 +1930,9 @@ BREAKS = [
     *product(["dense"], ("_find", "_move", "_grouped", "_map_in_threads")),
     *product(["tree"], ["_mend"]),
     *product(["lazy"], ("_look", "_go_to", "_add_active_outputs", "_place_anew", "_unflip")),
+    *product(["words"], ("_look_around", "_look", "_go_to", "_remember", "_find", "_counts_after")),
+    *product(["words"], ("_move_weights", "_pack", "_decide", "_count_bits", "_flips_in_words")),
+    *product(["words"], ("_count_common", "_mirror", "_transpose", "_add_outputs_in_words")),
 ]
 
 
@@ -1944,6 +1947,8 @@ def test_whatever_breaks_a_step_off_leaves_the_network_at_the_last_whole_one(
     many = lambda task, work, most=sublin.CHUNKS: in_threads(task, 1 << 26, most)  # noqa: E731
     monkeypatch.setattr(sublin, "_in_threads", many)
     monkeypatch.setattr(sublin, "MARGIN", 0.05)  # so that rows are made anew
+    monkeypatch.setattr(sublin, "SETTLED", np.inf)  # so that outputs are
+    monkeypatch.setattr(sublin, "_together", lambda n: 40)
     X, y = problem(14, 3)
     owner, caught = kind if hasattr(kind, name) else sublin, []
     for at, error in ((1, KeyboardInterrupt), (2, TimeoutError), (7, MemoryError)):
@@ -2919,8 +2924,8 @@ def test_options_set_after_fit_do_not_change_what_is_saved(tmp_path):
 # ==================================================================================================
 
 PHASES = {"seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update"}
-KEYS = {"iteration", "residual", "loss", "active", "changed", "looked_at", "flips", "operations"}
-KEYS |= {"inner_iterations", "damping", "rejected"}
+KEYS = {"iteration", "residual", "system_residual", "loss", "active", "changed", "looked_at"}
+KEYS |= {"flips", "operations", "inner_iterations", "damping", "rejected"}
 
 
 @core
@@ -3039,7 +3044,7 @@ def test_training_that_overflows_stops_and_warns(monkeypatch):
     monkeypatch.setattr(sublin._Cholesky, "solve", far)
     message = r'e\+248 after 1 steps.*"auto"'
     with np.errstate(over="ignore"), pytest.warns(ConvergenceWarning, match=message):
-        trainer(512).fit(*problem(6, 5))
+        trainer(512, shift="paper").fit(*problem(6, 5))
 
 
 @core
@@ -3065,7 +3070,7 @@ def test_warnings_need_no_scikit_learn():
 
 @core
 def test_verbose_prints_a_line_for_each_step(capsys):
-    fitted = trainer(512, verbose=1, max_iter=2).fit(*problem(6, 5))
+    fitted = trainer(512, shift="paper", verbose=1, max_iter=2).fit(*problem(6, 5))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(fitted.history_) == 3
     for record, line in zip(fitted.history_, lines, strict=True):
@@ -3093,12 +3098,12 @@ def test_verbose_shows_bars_where_tqdm_is_installed(monkeypatch, capsys):
             self.open = False
 
     monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
-    fitted = trainer(512, verbose=2, max_iter=2).fit(*problem(6, 5))
+    fitted = trainer(512, shift="paper", verbose=2, max_iter=2).fit(*problem(6, 5))
     assert bars[-1].n == 2 and bars[-1].total == 2 and not any(bar.open for bar in bars)
     assert bars[-1].residual == f"{fitted.residual_:.2e}"
     assert capsys.readouterr().out == ""
     monkeypatch.setitem(sys.modules, "tqdm", None)  # not installed
-    trainer(512, verbose=2, max_iter=2).fit(*problem(6, 5))
+    trainer(512, shift="paper", verbose=2, max_iter=2).fit(*problem(6, 5))
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
@@ -3108,7 +3113,8 @@ def test_drawing_neurons_reports_its_progress(monkeypatch, capsys):
     clock = iter(np.arange(0.0, 1e6, 2.0)).__next__
     monkeypatch.setattr(sublin.time, "perf_counter", clock)
     width = 4 * 8 * numba.get_num_threads() * 64  # in four groups of blocks
-    trainer(width, verbose=1, max_iter=0, draw="all").fit(*problem(6, 5))
+    options = {"shift": "paper", "verbose": 1, "max_iter": 0, "draw": "all"}
+    trainer(width, **options).fit(*problem(6, 5))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [f"drawing neurons: {share:4.0%}" for share in (0.25, 0.5, 0.75, 1.0)]
 
@@ -3777,7 +3783,7 @@ REFUSED = {
         (fit(width=True), r"width must be an integer, got True"),
         (fit(width="wide"), r"width must be an integer, got 'wide'"),
         (fit(sketch_size=8.0), r"sketch_size must be an integer, got 8.0"),
-        (fit(shift="big"), r"shift must be a number or \"auto\", got 'big'"),
+        (fit(shift="big"), r"shift must be a number or \"auto\" or \"paper\", got 'big'"),
         (fit(shift=np.ones(2)), r"shift must be a number, got array"),
         (fit(damping=None), r"damping must be a number, got None"),
         (fit(damping="automatic"), r"damping must be a number or \"auto\", got 'automatic'"),
@@ -3827,6 +3833,7 @@ REFUSED = {
 
 
 @core
+@pytest.mark.as_it_pays
 @pytest.mark.parametrize(
     "error, call, message",
     [(error, *row) for error, rows in REFUSED.items() for row in rows],
