@@ -272,7 +272,7 @@ def _kernel_from_table(XXt, table, H):
 
 
 def _second_over_first(X, y, shift, width, regularisation):
-    """Predicted length of the second Gauss-Newton step, |J^T g|, over that of the first. Where it is
+    """Predicted length |J^T g| of the second Gauss-Newton step over that of the first. Where it is
     small training converges, since each step has only to mend what flips in the one before left.
 
     The first step solves (H + r P I) g = y, with r the `regularisation` and P = P(Z >= b). A neuron
@@ -1260,8 +1260,8 @@ def _pack_by_point(active, words, first, end):
 
 @njit(nogil=True)
 def _count_common(words, times, counts, low, high):
-    """Adds how many bits words[i] and words[j] share, so many times, to counts[i, j], for low <= i <
-    high and j <= i."""
+    """Adds how many bits words[i] and words[j] share, so many times, to counts[i, j], for j <= i and
+    low <= i < high."""
     for i in range(low, high):
         for j in range(i + 1):
             shared = np.uint64(0)
@@ -1284,9 +1284,8 @@ def _mirror(counts):
 def _add_coactivity(words, counts, times=1):
     """Adds to counts (n, n), so many times, how many bits each two points share; words (n, k) hold
     64 neurons each. O(n^2 k)."""
-    edges = np.ceil(len(words) * np.sqrt(np.arange(CHUNKS + 1) / CHUNKS)).astype(
-        int
-    )  # of equal work
+    shares = np.sqrt(np.arange(CHUNKS + 1) / CHUNKS)  # of equal work
+    edges = np.ceil(len(words) * shares).astype(int)
 
     def of_share(_, low, high):
         _count_common(words, np.int32(times), counts, edges[low], edges[high])
@@ -1854,7 +1853,7 @@ class _Richardson(_Sketch):
 
 class _Gradient(_Solver):
     """Gradient descent [SYZ21]: g = rate (f - y), the rate being 1 / ||G_0||, half of what would
-    just fail to converge, or zero if G_0 is; G_0 is G at the first step, with lambda I. If `damped`,
+    just fail to converge, or zero if G_0 is; G_0 is G + lambda I at the first step. If `damped`,
     the rate is divided by 1 + rate mu; mu has no effect otherwise."""
 
     def __init__(self, X, shift, damped, ridge):
@@ -3659,7 +3658,7 @@ def _points_of(words, points):
 def _move_weights(packed, signs, geometry, moments, neurons):
     """Moves the weights of some neurons to where they are now, but of those whose travel leaves
     slack. Returns those whose slack is used up, and operations; others get new certificates."""
-    weights, words, active, slack, certificates, looked = packed
+    weights, words, _, slack, certificates, looked = packed
     X, unit, first_moment, now = geometry.X, geometry.unit, moments.first, moments.now
     sums, distance = moments.sums, moments.distance
     points, factors, move = np.empty(len(X), np.uint32), np.empty(len(X)), np.empty(X.shape[1])
@@ -3756,7 +3755,7 @@ def _flips_in_words(was, now, weights, scales, geometry):
 
 @njit(nogil=True)
 def _transpose(words, n, out, low, high):
-    """Words by point, out (n, neurons / 64), from words by neuron: out[:, low], ..., out[:, high - 1]."""
+    """Words by point, the columns low, ..., high - 1 of out (n, neurons / 64), from those by neuron."""
     tile = np.empty(64, np.uint64)
     for z in range(words.shape[1]):
         for group in range(low, high):
@@ -3989,7 +3988,7 @@ class _InWords(_ByCounts):
 
     def check(self):
         """Asserts every invariant of the words against the weights and all products."""
-        packed, n, everybody = self._packed, len(self.X), np.arange(self.live.size)
+        packed, everybody = self._packed, np.arange(self.live.size)
         weights = self._weights(everybody)
         products = weights @ self.X.T
         excess, lengths = products - self.shift, np.linalg.norm(weights, axis=1, keepdims=True)
@@ -4447,8 +4446,8 @@ class SublinearTrainer:
     shift : float, "auto" or "paper", threshold b of the activation. "paper" is
         default_shift(width, alpha); "auto" is that or, where points lie so close together that
         flips in the first step are predicted to make the second one longer than about a twelfth of
-        the first, the largest b at which they are not, but not below 1. shift_ says what was taken. A
-        warm start keeps it.
+        the first, the largest b at which they are not, but not below 1. shift_ says what was taken.
+        A warm start keeps it.
     alpha : float in [0, 1), for "auto" and "paper".
     search : how active neurons are found; same network, same steps, other costs for each step.
         "lazy"   products of live neurons near or above the threshold, and a certificate for each
@@ -4507,11 +4506,12 @@ class SublinearTrainer:
     Attributes
     ----------
     history_ : a dict for the start (iteration 0) and for each step: iteration, residual (after it),
-        system_residual (with the part that `ridge` leaves taken off; the same without ridge), loss (half the mean squared error, in the units of y squared), active (mean |Q_i| after it),
-        changed (|K|, neurons the step moved), looked_at (neurons whose products it read), flips
-        (pairs that crossed the threshold), inner_iterations, damping, rejected (steps taken back
-        before it), operations (multiply-adds, comparisons and moves of products), seconds, and
-        seconds by phase: seconds_query, seconds_jacobian (Gram matrix or sketch), seconds_solve,
+        system_residual (||f - y - lambda s|| / ||y||, the same without ridge), loss (half the mean
+        squared error, in the units of y squared), active (mean |Q_i| after it), changed (|K|,
+        neurons the step moved), looked_at (neurons whose products it read), flips (pairs that
+        crossed the threshold), inner_iterations, damping, rejected (steps taken back before it),
+        operations (multiply-adds, comparisons and moves of products), seconds, and seconds by
+        phase: seconds_query, seconds_jacobian (Gram matrix or sketch), seconds_solve,
         seconds_update. The start has no seconds: they are init_seconds_.
     loss_curve_ : list of the losses.
     residual_ (float), ||f - y|| / ||y||, n_iter_ (int), converged_ (bool), whether the system's
@@ -4689,8 +4689,8 @@ class SublinearTrainer:
         return _unreachable(X, y, warn=self.ridge == 0)
 
     def _choose_shift(self, X, y, highest, progress):
-        """The threshold that shift="auto" takes, or `highest`, which is what shift is otherwise; and
-        where none is low enough, the power of 2 of a width at which one is."""
+        """The threshold that shift="auto" takes, or `highest`, which is what shift is otherwise;
+        and where none is low enough, the power of 2 of a width at which one is."""
         if self.shift != "auto":
             return highest, None
         regularisation = self.ridge
@@ -4745,8 +4745,8 @@ class SublinearTrainer:
         return ended
 
     def _system_residual(self, outputs, dual, fitted):
-        """f - y - lambda s (n,), less the part of y that cannot be fitted, and its relative size with
-        all of y. `fitted` holds _y, _unreachable and _unit."""
+        """f - y - lambda s (n,), without the part of y that cannot be fitted; and its relative size,
+        with that part unless there is a ridge. `fitted` holds _y, _unreachable and _unit."""
         ridge = self.ridge * fitted["_unit"]
         error = outputs - (fitted["_y"] - fitted["_unreachable"])
         if ridge == 0:
