@@ -25,7 +25,7 @@ Notation (the paper's symbol, its name here, its meaning, its shape)
     w_r     W         hidden weights, N(0, I_d) at the start                            (m, d)
     a_r     signs     output signs, +1 or -1, never trained                             (m,)
     m       width     number of neurons
-    b       shift     threshold of the ReLU, sqrt(0.5 (1 - alpha) ln m) by default
+    b       shift     threshold of the ReLU, sqrt(0.5 (1 - alpha) ln m) in the paper
     Q_i     active    neurons active on x_i: {r : <w_r, x_i> >= b}                      set
     act(r)  --        points on which neuron r is active: {i : r in Q_i}                set
     K       neurons   neurons active on some point, which are those a step changes      set
@@ -38,6 +38,8 @@ Notation (the paper's symbol, its name here, its meaning, its shape)
     G       gram      Gram matrix J J^T                                                 (n, n)
     g       step      dual step of Gauss-Newton                                         (n,)
     mu      damping   G + mu I is solved instead of G
+    nu      ridge     the same, but with f - y - nu s on the right: a ridge of the dual
+                      variables -s. `ridge` is in units of the mean of G's diagonal at the start
     nnz     nnz       number of active pairs, the sum of |Q_i|
     s       sums      the sum of the dual steps g so far                                (n,)
     gamma   gamma     sum of g_i over the steps in which pair (r, i) was active         (live, n)
@@ -1260,8 +1262,8 @@ def _pack_by_point(active, words, first, end):
 
 @njit(nogil=True)
 def _count_common(words, times, counts, low, high):
-    """Adds how many bits words[i] and words[j] share, so many times, to counts[i, j], for j <= i and
-    low <= i < high."""
+    """Adds how many bits words[i] and words[j] share, so many times, to counts[i, j], for j <= i
+    and low <= i < high."""
     for i in range(low, high):
         for j in range(i + 1):
             shared = np.uint64(0)
@@ -1630,8 +1632,7 @@ SKETCHES = {"sparse": sparse_sign_sketch, "srht": srht_sketch, "gaussian": gauss
 # A solver is made for one training, from a problem's points and threshold, and keeps what outlives
 # a step: a tolerance, a generator, a rate, an earlier factor. In each step prepare(J, mu) makes
 # what the system is solved from, the Gram matrix or a sketch, and solve(residual) returns g and
-# the number of inner iterations. With a ridge, lambda is a part of mu. Singular systems raise
-# LinAlgError.
+# the number of inner iterations; their mu includes nu. Singular systems raise LinAlgError.
 
 
 def _singular_error(J, otherwise=""):
@@ -1853,7 +1854,7 @@ class _Richardson(_Sketch):
 
 class _Gradient(_Solver):
     """Gradient descent [SYZ21]: g = rate (f - y), the rate being 1 / ||G_0||, half of what would
-    just fail to converge, or zero if G_0 is; G_0 is G + lambda I at the first step. If `damped`,
+    just fail to converge, or zero if G_0 is; G_0 is G + nu I at the first step. If `damped`,
     the rate is divided by 1 + rate mu; mu has no effect otherwise."""
 
     def __init__(self, X, shift, damped, ridge):
@@ -3206,10 +3207,6 @@ class _ByCounts(_Search):
     at its tolerance, or at max_iter, they are computed anew.
     """
 
-    @staticmethod
-    def check_memory(X, width, dtype):
-        """What it needs is known once the first blocks are drawn."""
-
     @property
     def nnz(self):
         return int(np.trace(self.counts, dtype=np.int64))
@@ -3267,6 +3264,10 @@ class _Lazy(_ByCounts):
     one by one: undo() takes back their flips, which the ledger has, and travels back to the earlier
     sum of steps, as if by another step.
     """
+
+    @staticmethod
+    def check_memory(X, width, dtype):
+        """What it needs is known once the first blocks are drawn."""
 
     placed_anew = 0  # rows made anew in training, for those who look inside
 
@@ -3755,7 +3756,7 @@ def _flips_in_words(was, now, weights, scales, geometry):
 
 @njit(nogil=True)
 def _transpose(words, n, out, low, high):
-    """Words by point, the columns low, ..., high - 1 of out (n, neurons / 64), from those by neuron."""
+    """Words by point, columns low, ..., high - 1 of out (n, neurons / 64), from those by neuron."""
     tile = np.empty(64, np.uint64)
     for z in range(words.shape[1]):
         for group in range(low, high):
@@ -3815,6 +3816,12 @@ class _InWords(_ByCounts):
 
     A step keeps what it overwrites: undo() puts it back.
     """
+
+    @staticmethod
+    def check_memory(X, width, dtype):
+        """Most neurons are live, and a step may overwrite all of them."""
+        what = f"weights of {width} neurons, most of which fire on some point"
+        _check_memory(what, width * (16 * X.shape[1] + len(X) // 4), "use fewer neurons")
 
     def _begin(self, y, moved, news, report):
         (n, d), shift = self.X.shape, self.shift
@@ -4480,12 +4487,12 @@ class SublinearTrainer:
         residual never rises, for a step that would raise it is taken back and tried again with more
         damping, which fades as the linear model proves right.
     ridge : float >= 0; above 0 targets are fitted up to noise. Training then tends to where
-        f - y = lambda s, s being the sum of the dual steps and lambda = ridge times the mean of
+        f - y = nu s, s being the sum of the dual steps and nu = ridge times the mean of
         G's diagonal at the start: where no pair flips that is kernel ridge regression with the
-        network's own kernel. Each step solves (G + (lambda + damping) I) g = f - y - lambda s, and
+        network's own kernel. Each step solves (G + (nu + damping) I) g = f - y - nu s, and
         tol, damping="auto" and system_residual are about that right side. 0.1 to 1 suit most noisy
         tables. A warm start on the same X goes on with s; on other points s begins at 0, so that
-        lambda holds the network where it is.
+        nu holds the network where it is.
     normalize : how the rows of X get length 1. "lift" gives columns mean 0 and variance 1, appends
         a constant coordinate, so that parallel rows stay apart, and scales the rows; "rows" does
         the same without the coordinate; None takes X and y as they are and requires rows of length
@@ -4494,7 +4501,7 @@ class SublinearTrainer:
     dtype : precision of the products that "dense", "scan" and "tree" compute or keep. "float32"
         halves their memory and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always
         keeps its few pairs in float64.
-    tol : float, relative residual ||f - y - lambda s|| / ||y|| at which training stops. One below
+    tol : float, relative residual ||f - y - nu s|| / ||y|| at which training stops. One below
         rounding, 0 among them, is met at 1e-12 (1e-6 in float32), once nothing falls any more.
     max_iter : int, largest number of steps; 0 leaves the starting network.
     random_state : None, int, numpy RandomState or Generator. With draw="all" the starting weights
@@ -4506,7 +4513,7 @@ class SublinearTrainer:
     Attributes
     ----------
     history_ : a dict for the start (iteration 0) and for each step: iteration, residual (after it),
-        system_residual (||f - y - lambda s|| / ||y||, the same without ridge), loss (half the mean
+        system_residual (||f - y - nu s|| / ||y||, the same without ridge), loss (half the mean
         squared error, in the units of y squared), active (mean |Q_i| after it), changed (|K|,
         neurons the step moved), looked_at (neurons whose products it read), flips (pairs that
         crossed the threshold), inner_iterations, damping, rejected (steps taken back before it),
@@ -4745,8 +4752,8 @@ class SublinearTrainer:
         return ended
 
     def _system_residual(self, outputs, dual, fitted):
-        """f - y - lambda s (n,), without the part of y that cannot be fitted; and its relative size,
-        with that part unless there is a ridge. `fitted` holds _y, _unreachable and _unit."""
+        """f - y - nu s (n,), without the part of y that cannot be fitted; and its relative
+        size, with that part unless there is a ridge. `fitted` holds _y, _unreachable and _unit."""
         ridge = self.ridge * fitted["_unit"]
         error = outputs - (fitted["_y"] - fitted["_unreachable"])
         if ridge == 0:
@@ -4880,7 +4887,8 @@ class SublinearTrainer:
         slowed = self.damping not in ("auto", 0) and self.solver != "gradient"
         if not np.isfinite(reached) or last[-1] > 1.5 * min(last):
             kind = "the pure step" if self.damping == 0 else f"training with damping={self.damping}"
-            remedy = f'{kind} diverges; set damping="auto", or use a larger width or a smaller shift{noisy}'
+            remedy = f'{kind} diverges; set damping="auto", or use a larger width or a smaller '
+            remedy += f"shift{noisy}"
         elif reached <= 1.01 * floor:
             remedy = f"it cannot fall below {floor:.2e} since points coincide; raise tol above "
             remedy += "that, or merge them"

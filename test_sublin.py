@@ -34,6 +34,7 @@ import pandas
 import polars
 import pytest
 import scipy.sparse
+import scipy.special
 import sklearn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -315,6 +316,135 @@ def test_default_shift_is_that_of_theorem_g2():
         assert norm.sf(default_shift(width, alpha)) <= width ** (-(1 - alpha) / 4)
     net = start(*problem(3, 3), 300, shift="paper", alpha=0.3)
     assert net.shift == default_shift(300, 0.3)
+
+
+def second_over_first(X, y, shift, width, regularisation):
+    """sublin._second_over_first with the exact kernel, and the trace instead of random signs."""
+    H, XXt, fires = shifted_ntk(X, shift), X @ X.T, norm.sf(shift)
+    inverse = np.linalg.inv(H + regularisation * fires * np.eye(len(X)))
+    deviations = np.sqrt((H * XXt) @ (inverse @ y) ** 2 / (width * fires))
+    variances = norm.pdf(shift) * deviations**3 * (2 * np.sqrt(2 / np.pi)) / 3
+    return np.sqrt(variances @ np.diag(inverse) / (y @ inverse @ y))
+
+
+@core
+@pytest.mark.parametrize("n, d, shift", [(5, 3, 0.0), (40, 6, 1.3), (30, 3, 2.2), (1, 4, 1.0)])
+def test_the_predicted_second_step_is_that_of_the_formula(n, d, shift):
+    X, y = problem(n, d)
+    for width, regularisation in ((1000, 1e-3), (1 << 16, 0.1)):
+        found = sublin._second_over_first(X, y, shift, width, regularisation)
+        assert found == pytest.approx(second_over_first(X, y, shift, width, regularisation), rel=0.2)
+
+
+def test_the_predicted_second_step_tells_which_fits_converge():
+    """The flips of a first step, and the length of the second, of networks that are predicted to
+    converge and of others."""
+    ratios = []
+    for X, y in (problem(30, 20), problem(60, 3)):
+        fitted, seen = trainer(1 << 14, shift=1.5, damping="auto", tol=0, max_iter=2), []
+        look = lambda record: seen.append(fitted.weights())  # noqa: B023, E731
+        fitted.set_params(callback=look).fit(X, y)
+        first, second = (np.linalg.norm(after - before) for before, after in pairwise(seen))
+        ratios.append((sublin._second_over_first(X, y, 1.5, 1 << 14, 1e-3), second / first))
+    (low, true_low), (high, true_high) = ratios
+    assert low < sublin.RATIO < high and true_low < true_high
+
+
+@core
+def test_kernels_from_a_table_are_kernels():
+    X, _ = problem(30, 3)
+    X = np.concatenate([X, X[:2], -X[:1]])
+    for shift in (-0.5, 0.0, 1.0, 2.5):
+        u = np.linspace(0.0, np.sqrt(2.0), 2049)
+        slope = np.sqrt(u**2 / np.maximum(2.0 - u**2, 1e-300))
+        both = norm.sf(shift) - 2.0 * scipy.special.owens_t(shift, slope)
+        H = np.empty((len(X), len(X)))
+        sublin._kernel_from_table(X @ X.T, both, H)
+        np.testing.assert_allclose(H, shifted_ntk(X, shift), atol=1e-3 if shift <= 0 else 1e-5)
+
+
+def clustered(n, d, spread, seed=0):
+    """Points in five clusters, and targets that vary within them."""
+    rng = np.random.default_rng(seed)
+    X = np.repeat(rng.standard_normal((5, d)), n // 5, axis=0)
+    return X + spread * rng.standard_normal(X.shape), rng.standard_normal(n // 5 * 5)
+
+
+@pytest.mark.parametrize("width", [1 << 14, 1 << 16])
+@pytest.mark.parametrize("n, d", [(16, 16), (64, 32), (256, 64)])
+def test_random_data_get_the_papers_threshold_to_the_bit(n, d, width):
+    for seed in range(3):
+        X, y = problem(n, d, seed)
+        for targets in (y, np.sign(y)):
+            fitted = trainer(width, damping="auto", max_iter=0, random_state=seed).fit(X, targets)
+            assert fitted.shift_ == default_shift(width)
+
+
+@pytest.mark.parametrize("kind", ["clusters", "parallel", "noise"])
+def test_points_that_lie_close_together_get_a_lower_threshold_and_converge(kind):
+    rng = np.random.default_rng(0)
+    if kind == "clusters":
+        X, y = clustered(60, 8, 0.3)
+    elif kind == "parallel":
+        X = np.outer(rng.uniform(1.0, 2.0, 50), rng.standard_normal(6))
+        X, y = X + 0.5 * rng.standard_normal(X.shape), rng.standard_normal(50)
+    else:
+        X = rng.standard_normal((80, 5))
+        y = X[:, 0] + rng.standard_normal(80)
+    common = {"normalize": "lift", "damping": "auto", "tol": 1e-3, "max_iter": 40}
+    lower = trainer(1 << 14, **common).fit(X, y)
+    paper = trainer(1 << 14, shift="paper", **common).fit(X, y)
+    assert sublin.LOWEST <= lower.shift_ < paper.shift_ == default_shift(1 << 14)
+    assert lower.n_iter_ < paper.n_iter_ and lower.residual_ <= max(paper.residual_, 1e-3)
+
+
+def test_the_threshold_falls_with_the_noise_and_rises_with_the_width_and_the_ridge():
+    X, y = clustered(60, 4, 0.2)
+    options = {"normalize": "lift", "damping": "auto", "max_iter": 0}
+
+    def taken(width=1 << 16, **more):
+        return trainer(width, **options, **more).fit(X, y).shift_
+
+    assert taken(1 << 12) <= taken(1 << 16) <= taken(1 << 22) < taken(1 << 30)
+    assert taken() < taken(ridge=1.0)
+    assert taken(shift="paper") == default_shift(1 << 16) and taken(shift=0.3) == 0.3
+    assert taken(4) == default_shift(4) < sublin.LOWEST  # is left as it is
+
+
+def test_the_threshold_of_many_points_is_estimated_from_fewer(monkeypatch):
+    X, y = clustered(700, 12, 1.0)
+    rows = sublin._Scales.of(X, y, "lift")
+    X, y = rows.unit_rows(X), rows.targets(y)
+    expected = sublin._shift_for(X, y, 1 << 20, 2.5, 1e-3)
+    monkeypatch.setattr(sublin, "SAMPLED", 350)
+    found = sublin._shift_for(X, y, 1 << 20, 2.5, 1e-3)
+    np.testing.assert_allclose(found, expected, rtol=0.25)
+
+
+def test_fits_say_why_they_take_a_threshold_and_which_width_would_do(capsys):
+    X, y = clustered(60, 4, 0.1)
+    hopeless = trainer(4096, normalize="lift", damping="auto", verbose=1, max_iter=5)
+    with pytest.warns(ConvergenceWarning, match=r"raise width \(2\^\d+ is expected to do\).*ridge"):
+        hopeless.fit(X, y)
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("shift 1 (") and "instead of shift 2, the paper's" in said
+    exponent = hopeless._enough
+    wide = trainer(1 << exponent, shift=1.0, damping="auto", normalize="lift", max_iter=0)
+    rows = wide.fit(X, y)._X
+    ratio = sublin._second_over_first(rows, wide._y, 1.0, 1 << exponent, sublin.DAMPING)
+    assert 0.2 * sublin.RATIO < ratio < 3 * sublin.RATIO
+    trainer(1 << 14, damping="auto", verbose=1, max_iter=0).fit(*problem(8, 8))
+    assert capsys.readouterr().out.startswith("shift 2.16, the paper's, where the second step")
+
+
+def test_a_warm_start_keeps_the_threshold_that_was_chosen():
+    X, y = clustered(60, 4, 0.2)
+    fitted = trainer(4096, normalize="lift", damping="auto", max_iter=1, warm_start=True).fit(X, y)
+    shift = fitted.shift_
+    fitted.fit(X[:30], -y[:30])
+    assert fitted.shift_ == shift < default_shift(4096)
+    with pytest.raises(ValueError, match="shift must stay"):
+        fitted.set_params(shift="paper").fit(X, y)
 
 
 @core
@@ -1717,6 +1847,22 @@ def test_damping_makes_singular_systems_trainable(solver):
     assert values_of(fitted)[-1] < 0.9
 
 
+@pytest.mark.parametrize("n", [33, 64, 65, 200])
+def test_factors_made_in_panels_are_those_of_lapack(n, monkeypatch):
+    monkeypatch.setattr(sublin, "MANY_COLUMNS", 32)
+    monkeypatch.setattr(sublin, "PANEL", 16)
+    rng = np.random.default_rng(n)
+    A = rng.standard_normal((n, n + 5))
+    A = A @ A.T
+    R, failed = sublin._cholesky(A.copy())
+    assert failed == 0
+    np.testing.assert_allclose(np.triu(R), np.linalg.cholesky(A).T, rtol=1e-9, atol=1e-11)
+    for at in (0, 20, n - 1):
+        bad = A.copy()
+        bad[at, at] = -1.0
+        assert sublin._cholesky(bad)[1] == at + 1
+
+
 # ==================================================================================================
 # Searches
 # ==================================================================================================
@@ -2419,6 +2565,360 @@ def test_check_notices_a_spoilt_row(spoil, message):
     spoil(fitted._search)
     with pytest.raises(AssertionError, match=message):
         fitted.check()
+
+
+# --------------------------------------------------------------------------------------------------
+# Lazy search in words
+# --------------------------------------------------------------------------------------------------
+
+
+def packed(active):
+    """Words of a mask (k, n), by NumPy."""
+    k, n = active.shape
+    bits = np.zeros((k, -(-n // 64) * 64), np.uint8)
+    bits[:, :n] = active
+    return np.packbits(bits, axis=1, bitorder="little").view(np.uint64)
+
+
+@core
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 127, 128, 129, 200])
+@pytest.mark.parametrize("m", [1, 63, 64, 65, 130])
+def test_words_turned_by_point_count_what_points_share(n, m):
+    rng = np.random.default_rng(n + m)
+    active = rng.random((m, n)) < 0.4
+    words = packed(active)
+    by_point = np.zeros((n, -(-m // 64)), np.uint64)
+    for group in range(by_point.shape[1]):
+        sublin._transpose(words, n, by_point, group, group + 1)
+    np.testing.assert_array_equal(by_point, packed(active.T))
+    counts = rng.integers(0, 9, (n, n)).astype(np.int32)
+    counts += counts.T
+    expected = counts.copy()
+    for times in (1, 2, -1):
+        sublin._add_coactivity(by_point, counts, times)
+        expected += times * (active.T.astype(np.int32) @ active)
+    np.testing.assert_array_equal(counts, expected)
+    k = np.empty(m, np.int64)
+    sublin._count_bits(words, k)
+    np.testing.assert_array_equal(k, active.sum(axis=1))
+
+
+@core
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 65, 150])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6, 1e20, 1e200])
+def test_pairs_within_rounding_of_the_threshold_are_decided_in_float64(n, scale):
+    """Products of float32 are off by more than these are from the threshold."""
+    rng = np.random.default_rng(n)
+    X = unit_rows(rng.standard_normal((n, 7)))
+    W = scale * rng.standard_normal((40, 7))
+    shift = scale * 0.5
+    for q in range(0, 40, 2):  # a product that is nearer than float32 tells, on either side
+        i = q % n
+        lack = shift * (1.0 + rng.choice([-1, 1]) * 1e-9) - W[q] @ X[i]
+        W[q] += lack * X[i]
+    geometry = sublin.Geometry.of(X, X @ X.T, shift, 40)
+    with np.errstate(over="ignore", invalid="ignore"):
+        products = W.astype(np.float32) @ X.astype(np.float32).T
+    words, least = np.empty((40, -(-n // 64)), np.uint64), np.empty(40)
+    slack = np.empty(40)
+    sublin._pack(products, min(shift, 3e38), words, least)
+    sublin._decide(products, W, geometry, words, least, slack)
+    np.testing.assert_array_equal(words, packed(W @ X.T >= shift))
+    true = np.abs(W @ X.T - shift).min(axis=1)
+    assert np.all(slack <= true * (1 + 1e-12) + 1e-15 * scale)
+    assert np.all(slack >= 0.4 * true - 1e-4 * scale)
+
+
+@core
+@thorough
+@given(
+    n=st.integers(1, 70),
+    d=st.integers(1, 12),
+    pairs=st.integers(1, 150),
+    shift=st.floats(-1.0, 2.0),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    damping=st.sampled_from([0.01, 0.3]),
+    together=st.sampled_from([7, 4096]),
+    moments=st.sampled_from([3, sublin.MOMENTS]),
+    init=st.sampled_from(["antisymmetric", "gaussian"]),
+    seed=st.integers(0, 99),
+)
+def test_steps_in_words_are_those_of_the_reference_in_every_regime(
+    n, d, pairs, shift, scale, damping, together, moments, init, seed
+):
+    X, y = problem(n, d, seed)
+    options = {"shift": shift, "damping": damping, "init": init, "random_state": seed}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sublin, "_together", lambda n: together)
+        patch.setattr(sublin, "MOMENTS", moments)
+        options["search"] = "words"
+        fitted, seen = lazy_networks(X, scale * y, 2 * pairs, max_iter=4, **options)
+    assert_takes_steps_of_the_reference(X, scale * y, fitted, seen)
+
+
+@pytest.mark.parametrize("shift", [-9.0, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("kind", ["digits", "coinciding", "more points than neurons"])
+def test_words_and_dense_flip_the_same_pairs_where_neurons_fire_on_many_points(kind, shift):
+    X, y = load_digits(return_X_y=True)
+    X, y, width = X[:300], y[:300].astype(float), 1024
+    if kind == "coinciding":
+        X, y = np.concatenate([X[:100]] * 3), np.concatenate([y[:100]] * 3)
+    elif kind == "more points than neurons":
+        width = 128
+    common = {"normalize": "lift", "damping": "auto", "shift": shift, "tol": 1e-6, "max_iter": 8}
+    words, dense = (trainer(width, search=s, **common).fit(X, y) for s in ("words", "dense"))
+    for key in ("flips", "active", "changed", "rejected"):
+        np.testing.assert_array_equal(values_of(words, key), values_of(dense, key))
+    np.testing.assert_allclose(values_of(words), values_of(dense), rtol=1e-6)
+    np.testing.assert_allclose(words.weights(), dense.weights(), rtol=1e-6, atol=1e-7)
+    words.check()
+
+
+def test_fewer_neurons_are_looked_at_in_words_as_steps_shrink():
+    X, y = load_digits(return_X_y=True)
+    common = {"normalize": "lift", "damping": "auto", "shift": 1.0, "tol": 1e-9}
+    fitted = trainer(4096, search="words", **common).fit(X[:400], y[:400])
+    looked_at = values_of(fitted, "looked_at")[1:]
+    assert looked_at[0] > 4000 and looked_at[-1] < 0.2 * 4096
+    assert np.all(np.diff(looked_at) <= 0)
+
+
+def test_words_have_the_same_bits_for_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr(sublin, "_together", lambda n: 100)
+    X, y = problem(60, 8)
+    one, many = with_threads(lambda: trainer(8192, search="words", shift=0.8).fit(X, y))
+    for key in KEYS:
+        np.testing.assert_array_equal(values_of(one, key), values_of(many, key))
+    np.testing.assert_array_equal(one.weights(), many.weights())
+
+
+@core
+@pytest.mark.parametrize("moments", [3, 5])
+def test_words_forget_moments(moments, monkeypatch):
+    X, y = problem(10, 4)
+    options = {"search": "words", "shift": 0.8, "damping": 0.3, "max_iter": 12}
+    expected = trainer(400, **options).fit(X, y)
+    monkeypatch.setattr(sublin, "MOMENTS", moments)
+    fitted, _ = lazy_networks(X, y, 400, **options)
+    assert fitted._search._moments.first > moments
+    np.testing.assert_allclose(values_of(fitted), values_of(expected), rtol=1e-9)
+    np.testing.assert_allclose(fitted.weights(), expected.weights(), rtol=1e-9, atol=1e-9)
+
+
+@core
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda packed: packed.certificates.fill(np.inf), LATE),
+        (lambda packed: packed.slack.fill(50.0), LATE),
+        (lambda packed: packed.active.__iadd__(1), "the number of active points is wrong"),
+        (lambda packed: packed.words.fill(0), "an active pair is missed or made up"),
+        (lambda packed: packed.weights.__iadd__(0.1), "an active pair is missed|active sets are not"),
+        (lambda packed: packed.looked.fill(0), "an active pair is missed|active sets are not|flip"),
+    ],
+)
+def test_check_notices_spoilt_words(spoil, message):
+    fitted = trainer(400, search="words", shift=1.0, max_iter=2, damping=0.01).fit(*problem(9, 4))
+    fitted.check()
+    spoil(fitted._search._packed)
+    with pytest.raises(AssertionError, match=message):
+        fitted.check()
+
+
+@pytest.mark.as_it_pays
+def test_lazy_keeps_rows_or_words_as_it_pays():
+    for n, d, width, shift, kind in (
+        (200, 10, 1 << 13, 1.0, sublin._InWords),  # many points for a neuron
+        (6, 8, 1 << 10, "paper", sublin._InWords),  # a narrow network
+        (6, 30, 1 << 16, "paper", sublin._Lazy),
+        (64, 32, 1 << 16, "paper", sublin._Lazy),
+    ):
+        X, y = problem(n, d)
+        options = {"shift": shift, "max_iter": 1, "tol": 0, "damping": "auto"}
+        fitted = trainer(width, **options).fit(X, y)
+        assert type(fitted._search) is kind
+        assert (fitted._search.start.law is None) == (kind is sublin._InWords)
+        dense = trainer(width, search="dense", **options).fit(X, y)
+        np.testing.assert_allclose(fitted.weights(), dense.weights(), rtol=1e-9, atol=1e-9)
+        fitted.check()
+
+
+@pytest.mark.as_it_pays
+def test_live_pairs_can_be_drawn_for_words_too():
+    X, y = problem(8, 10)
+    options = {"draw": "live", "shift": 2.0, "damping": "auto", "max_iter": 3}
+    words = trainer(4000, **options).fit(X, y)
+    dense = trainer(4000, search="dense", **options).fit(X, y)
+    assert type(words._search) is sublin._InWords and words._search.start.law is not None
+    assert words.n_live_ < 4000
+    np.testing.assert_allclose(words.weights(), dense.weights(), rtol=1e-9, atol=1e-9)
+    words.set_params(warm_start=True).fit(np.concatenate([X, problem(5, 10, 1)[0]]), np.ones(13))
+    words.check()
+
+
+@pytest.mark.as_it_pays
+def test_a_warm_start_changes_between_rows_and_words(monkeypatch):
+    X, y = problem(12, 6)
+    fitted = trainer(600, shift=1.0, damping="auto", warm_start=True, max_iter=2).fit(X, y)
+    kinds = []
+    for often in (False, True, False):
+        monkeypatch.setattr(sublin, "_fires_often", lambda *_, often=often: often)
+        before = fitted.weights()
+        fitted.set_params(max_iter=0).fit(X, -y)
+        np.testing.assert_allclose(fitted.weights(), before, rtol=1e-12, atol=1e-12)
+        fitted.set_params(max_iter=2).fit(X, -y).check()
+        kinds.append(type(fitted._search))
+    assert kinds == [sublin._Lazy, sublin._InWords, sublin._Lazy]
+
+
+# ==================================================================================================
+# Ridge
+# ==================================================================================================
+
+
+def ridge_by_hand(net, y, ridge, steps, damping):
+    """Networks and sums of dual steps, in plain NumPy."""
+    unit = np.trace(reference(net.X, y, *net[1:], damping=1.0)[1]) / len(y)
+    found, dual = [(net, np.zeros(len(y)))], np.zeros(len(y))
+    for _ in range(steps):
+        J = net.dense_jacobian
+        system = J @ J.T + (ridge * unit + damping) * np.eye(len(y))
+        g = np.linalg.solve(system, net.outputs - y - ridge * unit * dual)
+        net = net._replace(W=net.W - (J.T @ g).reshape(net.W.shape))
+        dual = dual + g
+        found.append((net, dual))
+    return found
+
+
+@core
+@searches
+@inits
+@pytest.mark.parametrize("ridge", [0.05, 1.0, 300.0])
+def test_steps_with_a_ridge_are_those_of_plain_numpy(search, init, ridge):
+    X, y = problem(9, 4)
+    options = {"search": search, "init": init, "shift": 0.7, "damping": 0.01, "max_iter": 3}
+    seen = []
+    fitted = trainer(200, ridge=ridge, tol=0, **options)
+    fitted.set_params(callback=lambda record: seen.append(fitted.weights())).fit(X, y)
+    expected = ridge_by_hand(start(X, y, 200, **options), y, ridge, 3, 0.01)
+    for W, record, (net, dual) in zip(seen, fitted.history_, expected, strict=True):
+        np.testing.assert_allclose(W, net.W, rtol=1e-8, atol=1e-10)
+        assert record["residual"] == pytest.approx(net.residual(y), rel=1e-9)
+        error = net.outputs - y - ridge * fitted._unit * dual
+        relative = np.linalg.norm(error) / np.linalg.norm(y)
+        assert record["system_residual"] == pytest.approx(relative, rel=1e-7, abs=1e-12)
+    np.testing.assert_allclose(fitted._dual, expected[-1][1], rtol=1e-8, atol=1e-10)
+
+
+@searches
+@solvers
+def test_where_nothing_flips_a_ridge_gives_kernel_ridge_regression(search, solver):
+    """With the network's own kernel: for targets so small that no pair flips, f is linear."""
+    X, y = problem(8, 6)
+    y *= 1e-7
+    options = {"search": search, "solver": solver, "shift": 0.5, "damping": "auto", "tol": 1e-9}
+    max_iter = 4000 if solver == "gradient" else 60
+    fitted = trainer(512, ridge=0.3, max_iter=max_iter, **options).fit(X, y)
+    G = start(X, y, 512, search=search, shift=0.5).jacobian.gram()
+    system = G + 0.3 * np.diag(G).mean() * np.eye(8)
+    assert fitted.converged_ and fitted.history_[-1]["flips"] == 0
+    expected = G @ np.linalg.solve(system, y)
+    np.testing.assert_allclose(fitted.predict(X), expected, rtol=1e-6, atol=1e-7 * 1e-7)
+    assert fitted.residual_ > 0.05  # which is not what is asked for
+
+
+def test_a_ridge_of_nothing_changes_nothing_and_a_huge_one_leaves_the_start():
+    X, y = problem(9, 4)
+    plain = trainer(300, shift=0.7, damping="auto").fit(X, y)
+    tiny = trainer(300, shift=0.7, damping="auto", ridge=1e-14).fit(X, y)
+    np.testing.assert_allclose(tiny.predict(X), plain.predict(X), rtol=1e-8)
+    for ridge in (1e6, 1e300):
+        still = trainer(300, shift=0.7, damping="auto", ridge=ridge).fit(X, y)
+        assert still.converged_ and np.abs(still.predict(X)).max() < 1e-5 and still.n_iter_ <= 2
+        assert still.residual_ == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name, steps", [("diabetes", 10), ("wine", 8), ("linnerud", 7)])
+@pytest.mark.parametrize("damping", [0.0, "auto"])
+def test_pure_steps_with_a_ridge_converge_on_noisy_tables(name, steps, damping):
+    X, y = bench.table(name)
+    options = {"shift": "paper", "normalize": "lift", "damping": damping, "tol": 1e-7}
+    fitted = trainer(1 << 14, ridge=0.1, **options).fit(X, y)
+    assert fitted.converged_ and fitted.n_iter_ <= steps + 1
+    stuck = trainer(1 << 14, max_iter=steps + 1, **options).fit(X, y)
+    assert stuck.residual_ > 1e-3  # without
+
+
+@searches
+def test_a_warm_start_goes_on_with_the_sum_of_dual_steps(search, tmp_path):
+    X, y = problem(9, 4)
+    options = {"search": search, "shift": 0.7, "damping": 0.01, "ridge": 0.5, "tol": 0}
+    whole = trainer(300, max_iter=5, **options).fit(X, y)
+    parts = trainer(300, max_iter=2, warm_start=True, **options).fit(X, y)
+    parts.save(tmp_path / "net.npz")
+    for other in (parts, pickle.loads(pickle.dumps(parts)), copy.deepcopy(parts)):
+        other.set_params(max_iter=3).fit(X, y)
+        np.testing.assert_allclose(other.weights(), whole.weights(), rtol=1e-8, atol=1e-10)
+    loaded = SublinearTrainer.load(tmp_path / "net.npz").set_params(max_iter=3).fit(X, y)
+    np.testing.assert_allclose(loaded.weights(), whole.weights(), rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(values_of(loaded), values_of(whole), rtol=1e-8, atol=1e-12)
+
+
+def test_other_targets_keep_the_sum_of_dual_steps_and_other_points_do_not():
+    X, y = problem(9, 4)
+    y *= 1e-6  # nothing flips
+    options = {"shift": 0.7, "damping": "auto", "ridge": 0.5, "warm_start": True}
+    fitted = trainer(300, **options).fit(X, y).fit(X, 2.0 * y)
+    fresh = trainer(300, **options).fit(X, 2.0 * y)
+    np.testing.assert_allclose(fitted.predict(X), fresh.predict(X), rtol=1e-6, atol=1e-14)
+    fitted.set_params(max_iter=0).fit(X[::-1][:6], y[:6])
+    assert not fitted._dual.any() and fitted._dual.size == 6
+    fitted.check()
+
+
+def test_a_ridge_takes_points_that_coincide_or_have_no_neuron_in_its_stride():
+    X, y = problem(8, 4)
+    X, y = np.concatenate([X, X[:4]]), np.append(y, -y[:4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = trainer(600, shift=0.7, damping="auto", ridge=0.1).fit(X, y)
+    assert fitted.converged_ and fitted.residual_ > 0.1
+    fitted.check()
+    silent = trainer(30, shift=1.5, damping="auto", ridge=0.1, max_iter=100).fit(X, y)
+    silent.check()
+    assert (silent._search.jacobian().active_counts() == 0).any() and silent.converged_
+
+
+@core
+def test_a_step_taken_back_leaves_the_sum_of_dual_steps():
+    X, y = problem(9, 3)
+    fitted = trainer(100, shift=1.0, damping="auto", ridge=1e-6, max_iter=25).fit(X, 50 * y)
+    assert values_of(fitted, "rejected").any()
+    assert np.all(np.diff(values_of(fitted, "system_residual")) < 0)
+    dual = np.zeros(9)
+    again = trainer(100, shift=1.0, damping="auto", ridge=1e-6, max_iter=1, warm_start=True)
+    again.fit(X, 50 * y)
+    dual = again._dual.copy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(again._search), "advance", Broken(None, 0, TimeoutError()))
+        with pytest.raises(TimeoutError):
+            again.fit(X, 50 * y)
+    np.testing.assert_array_equal(again._dual, dual)
+
+
+@core
+def test_warnings_name_ridge_unless_there_is_one():
+    X, y = problem(20, 3)
+    for ridge, names in ((0.0, True), (1e-9, False)):
+        with pytest.warns(ConvergenceWarning) as told:
+            trainer(60, shift=0.5, damping="auto", ridge=ridge, max_iter=3).fit(X, 30 * y)
+        assert ("ridge" in str(told[0].message)) == names
+
+
+def test_verbose_tells_the_residual_of_the_system(capsys):
+    fitted = trainer(512, shift="paper", ridge=0.1, verbose=1, max_iter=2).fit(*problem(6, 5))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"of the system {fitted.history_[-1]['system_residual']:.2e}" in line
 
 
 # ==================================================================================================
