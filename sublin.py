@@ -268,7 +268,8 @@ def _kernel_from_table(XXt, table, H):
     scale = (table.size - 1) / math.sqrt(2.0)
     for i in range(len(H)):
         for j in range(len(H)):
-            place = math.sqrt(max(1.0 - XXt[i, j], 0.0)) * scale
+            gap = 1.0 - XXt[i, j]
+            place = math.sqrt(gap if gap > 2e-15 else 0.0) * scale
             k = min(int(place), table.size - 2)
             H[i, j] = XXt[i, j] * (table[k] + (place - k) * (table[k + 1] - table[k]))
 
@@ -293,7 +294,7 @@ def _second_over_first(X, y, shift, width, regularisation):
     both = np.maximum(fires - 2.0 * scipy.special.owens_t(shift, slope), 0.0)
     _kernel_from_table(XXt, both, H)
     XXt *= H
-    H.ravel()[:: n + 1] += max(regularisation, 1e-9) * fires
+    H.ravel()[:: n + 1] += max(regularisation, 1e-7) * fires
     triangle, failed = _cholesky(H)
     if failed:
         return np.inf
@@ -318,14 +319,15 @@ def _shift_for(X, y, width, highest, regularisation):
     RATIO, or LOWEST; and the predictions at `highest` and at b."""
     if len(X) <= SAMPLED:
         ratio = _second_over_first(X, y, highest, width, regularisation)
-    else:  # which changes like a power of the number of points
-        some = np.random.default_rng(0).permutation(len(X))[:SAMPLED]
-        half, ratio = (
-            _second_over_first(X[few], y[few], highest, width, regularisation)
-            for few in (some[: SAMPLED // 2], some)
-        )
-        ratio *= (len(X) / SAMPLED) ** math.log2(max(ratio / max(half, 1e-300), 1.0))
-    if highest <= LOWEST or not ratio > RATIO:
+    else:  # which changes like a power of the number of points, from 0 to 1
+        some, ratios = np.random.default_rng(0).permutation(len(X))[:SAMPLED], []
+        for few in (some[: SAMPLED // 2], some):
+            part = y[few] * math.sqrt(np.mean(y**2) / (np.mean(y[few] ** 2) or 1.0))
+            ratios.append(_second_over_first(X[few], part, highest, width, regularisation))
+        half, ratio = ratios
+        if 0.0 < half < ratio < np.inf:
+            ratio *= (len(X) / SAMPLED) ** min(math.log2(ratio / half), 1.0)
+    if highest <= LOWEST or ratio <= RATIO:
         return highest, ratio, ratio
     shift = math.sqrt(max(highest**2 - math.log(ratio / RATIO) / GROWTH, LOWEST**2))
     return shift, ratio, ratio * math.exp(GROWTH * (shift**2 - highest**2))
@@ -1691,22 +1693,24 @@ REUSE, STALE = 4096, 20
 class _Solver:
     """What solvers share."""
 
+    one_thread = 1024  # up to so many points BLAS keeps to one thread
+
     def promise(self, J, residual, step, ridge, mu):
         """The residual after a step if the network were linear in its weights: that before it less
         (G + ridge I) g, which is mu g as (G + (ridge + mu) I) g = residual."""
         return mu * step
 
 
-# Up to ONE_THREAD points BLAS keeps to one thread: its threads would be in the way of ours for a
-# while after each call. Factors of so many columns are made by our threads, PANEL at a time.
-ONE_THREAD, MANY_COLUMNS, PANEL = 4096, 1024, 128
+# Threads of BLAS are in the way of ours for a while after each call. So factors of a matrix between
+# these sizes are made by ours, PANEL columns at a time.
+FEW_COLUMNS, MANY_COLUMNS, PANEL = 1024, 4096, 128
 
 
 def _cholesky(A):
     """R with A = R^T R, in LAPACK's order and with something else below its diagonal, and a number
     that is not 0 if there is none: what dpotrf returns. A is overwritten."""
     n = len(A)
-    if not MANY_COLUMNS < n <= ONE_THREAD:
+    if not FEW_COLUMNS < n <= MANY_COLUMNS:
         return dpotrf(A.T, lower=False, clean=False, overwrite_a=True)
 
     def subtract(rows, panel):  # what columns before the panel make of A
@@ -1732,6 +1736,8 @@ def _cholesky(A):
 class _Cholesky(_Solver):
     """Exact, from the Gram matrix and its Cholesky factor [CGH+19, ZMG19]: O(n^3) after the Gram
     matrix, or O(n^2) for each iteration where the factor of an earlier one is near."""
+
+    one_thread = MANY_COLUMNS
 
     def __init__(self, X, shift):
         self._factor, self._flips = None, 0  # the earlier factor, and J.flips when it was made
@@ -2032,7 +2038,7 @@ class _Search:
 
     def __init__(self, X, y, start, shift, moved, news, lean, dtype, report):
         self.X, self.shift, self.start, self.width = X, shift, start, start.width
-        _check_memory(f"Gram matrices of {len(X)} points", 24 * len(X) ** 2, "use fewer points")
+        _check_memory(f"Gram matrices of {len(X)} points", 40 * len(X) ** 2, "use fewer points")
         with _one_blas_thread():
             self.XXt = X @ X.T
         self.dtype = dtype
@@ -2112,6 +2118,8 @@ class _ForwardPass(_Search):
 
     def undo(self, mark):
         self.active, self.outputs, self.flips = mark["active"], mark["outputs"], mark["flips"]
+
+    rounding = 0.0  # of the outputs, their length
 
     def settle(self):
         """Makes sure that `outputs` come from a forward pass: they do."""
@@ -3203,9 +3211,11 @@ class _ByCounts(_Search):
     """Searches that keep the numbers C_ij = |Q_i and Q_j| (n, n), and leave neurons where they were
     until they have to be looked at.
 
-    The outputs follow from the Gram matrix, f <- f - G g, and from the flips. Where training ends
-    at its tolerance, or at max_iter, they are computed anew.
+    The outputs follow from the Gram matrix, f <- f - G g, and from the flips; `rounding` bounds
+    what that has added up to. Where it matters when training ends, they are computed anew.
     """
+
+    rounding = 0.0
 
     @property
     def nnz(self):
@@ -3215,6 +3225,7 @@ class _ByCounts(_Search):
     def gram(self):
         """G (n, n)."""
         if self._gram_of[0] is not self.counts:
+            self._gram_of = None, None  # makes room
             self._gram_of = self.counts, _gram(self.XXt, self.counts, self.width)
         return self._gram_of[1]
 
@@ -3248,7 +3259,15 @@ class _ByCounts(_Search):
 
     def settle(self):
         """Makes sure that `outputs` come from a forward pass."""
-        self.outputs = self._active_outputs()
+        self.outputs, self.rounding = self._active_outputs(), 0.0
+
+    def _follow(self, step):
+        """The outputs after a step, but for flips. No entry of G is above its diagonal."""
+        with _one_blas_thread():
+            self.outputs = self.outputs - self.gram @ step
+        self.operations += step.size**2
+        size = np.abs(self.outputs).max() + self.counts.max() / self.width * np.abs(step).sum()
+        self.rounding += np.finfo(float).eps * math.sqrt(step.size) * size
 
     def active_sets(self):
         order = np.argsort(self.live)
@@ -3405,9 +3424,7 @@ class _Lazy(_ByCounts):
         if self._is_full():
             self._forget()
         self._path = [*self._path, sums]
-        with _one_blas_thread():
-            self.outputs = self.outputs - self.gram @ step
-        self.operations += step.size**2
+        self._follow(step)
         self._go_to(sums)
         lap("seconds_update")
         self._look_around()
@@ -3446,7 +3463,7 @@ class _Lazy(_ByCounts):
         again._open = {**self._open, "looks": len(again._ledger.looks)}
         again.operations += self.operations
         again.looked_at += self.looked_at
-        for name in ("start", "outputs", "counts", "changing", "flips"):
+        for name in ("start", "outputs", "rounding", "counts", "changing", "flips"):
             setattr(again, name, getattr(self, name))
         vars(self).update(vars(again))  # one call, which no interrupt divides
 
@@ -3828,9 +3845,11 @@ class _InWords(_ByCounts):
         self._geometry = Geometry.of(self.X, self.XXt, shift, self.width)
         self._moments = Moments(0, 0, np.zeros((MOMENTS, n)), 0.0)
         self._X32, self._log = self.X.astype(np.float32), []
+        moves = moved.numbers.size > 0
         if news and self.start.law is not None and not self.start.law.seen:
             moved, news = _with_live_pairs(moved, self.start, report), False
-        found = [self._live_of(moved.numbers, moved.weights.astype(float), moved.signs, True)]
+        with _one_blas_thread():
+            found = [self._live_of(moved.numbers, moved.weights.astype(float), moved.signs, True)]
         if news or self.start.law is None:
             work = partial(self._of_block, moved.numbers)
             found += self.start.blocks(work, moved.numbers, report)
@@ -3838,10 +3857,10 @@ class _InWords(_ByCounts):
         self._packed = Packed(*arrays, looked=np.zeros(self.live.size, np.int64))
         self.n_live = self.live.size
         self.counts = np.zeros((n, n), np.int32)
-        copies = 1 if moved.numbers.size else self.start.copies  # twins begin alike
+        copies = 1 if moves else self.start.copies  # twins begin alike
         _add_coactivity(self._by_point(self._packed.words[::copies]), self.counts, copies)
         self.changing = np.count_nonzero(self._packed.active)
-        if moved.numbers.size or self.start.init == "gaussian":
+        if moves or self.start.init == "gaussian":
             self.settle()
         else:
             self.outputs = np.zeros(n)  # antisymmetric pairs cancel
@@ -3876,7 +3895,8 @@ class _InWords(_ByCounts):
 
     def _find(self, weights, words, active, slack):
         """Fills words, active and slack for neurons with weights (k, d)."""
-        products, least = weights.astype(np.float32) @ self._X32.T, np.empty(len(weights))
+        with np.errstate(all="ignore"):  # in this thread; what overflows is decided in float64
+            products, least = weights.astype(np.float32) @ self._X32.T, np.empty(len(weights))
         _pack(products, self.shift, words, least)
         _decide(products, weights, self._geometry, words, least, slack)
         _count_bits(words, active)
@@ -3897,9 +3917,7 @@ class _InWords(_ByCounts):
         if self._is_full():
             self._forget()
         sums = self._sums + step
-        with _one_blas_thread():
-            self.outputs = self.outputs - self.gram @ step
-        self.operations += step.size**2
+        self._follow(step)
         self._go_to(sums)
         lap("seconds_update")
         self._look_around()
@@ -4346,8 +4364,9 @@ class _Stopwatch:
         self._last = now
 
 
-# Where the residual has fallen by more than this, rounding of the steps may be seen in it.
-SETTLED = 1e-10
+# The last residual of training is that of a forward pass where rounding of the steps may be more
+# than this share of it.
+DOUBT = 1e-3
 
 # How training can end above its tolerance.
 BY_CALLBACK, AT_A_FLOOR, AFTER_MAX_ITER = "by the callback", "at a floor", "after max_iter"
@@ -4491,8 +4510,8 @@ class SublinearTrainer:
         G's diagonal at the start: where no pair flips that is kernel ridge regression with the
         network's own kernel. Each step solves (G + (nu + damping) I) g = f - y - nu s, and
         tol, damping="auto" and system_residual are about that right side. 0.1 to 1 suit most noisy
-        tables. A warm start on the same X goes on with s; on other points s begins at 0, so that
-        nu holds the network where it is.
+        tables. A warm start on the same X goes on with s; on other points, or from a file written
+        before there was a ridge, s begins at 0, so that nu holds the network where it is.
     normalize : how the rows of X get length 1. "lift" gives columns mean 0 and variance 1, appends
         a constant coordinate, so that parallel rows stay apart, and scales the rows; "rows" does
         the same without the coordinate; None takes X and y as they are and requires rows of length
@@ -4687,7 +4706,7 @@ class SublinearTrainer:
             fitted = self._problem(X, y, unreachable, self.shift_, start, moved, news, progress)
             search = fitted["_search"]
         if not same_points:
-            fitted |= {"_dual": np.zeros(len(y)), "_unit": search.mean_diagonal}
+            fitted |= {"_dual": np.zeros(len(y)), "_unit": search.mean_diagonal, "_enough": None}
         fitted |= self._reached(vars(self) | fitted)
         vars(self).update(fitted, init_seconds_=time.perf_counter() - begin)
 
@@ -4714,7 +4733,7 @@ class SublinearTrainer:
         progress.tell(text)
         if not 1.01 * RATIO < ratio < np.inf:
             return shift, None
-        return shift, math.ceil(math.log2(self.width * (ratio / RATIO) ** (4 / 3)))
+        return shift, math.ceil(math.log2(self.width) + 4 / 3 * math.log2(ratio / RATIO))
 
     def _problem(self, X, y, unreachable, shift, start, moved, news, progress):
         """What a fit is about: points, targets, and a search at a network of which some neurons
@@ -4759,6 +4778,8 @@ class SublinearTrainer:
         if ridge == 0:
             return error, _relative_residual(outputs, fitted["_y"])
         error -= ridge * dual
+        # A point without active neurons is met by a s_i that moves no weight, and is left out.
+        error[fitted["_search"].jacobian().active_counts() == 0] = 0.0
         return error, float(_norm(error) / _norm(fitted["_y"])) if error.any() else 0.0
 
     def _reached(self, fitted, dual=None):
@@ -4806,13 +4827,13 @@ class SublinearTrainer:
             promised = promised if ridge else promised - self._unreachable
             # Points without active neurons move no weight, but their g_i can be as large as 1 / mu,
             # which would drown the others in sums.
-            dual, step = self._dual + step, np.where(J.active_counts() > 0, step, 0.0)
-            dual = dual if ridge else self._dual + step
+            step = np.where(J.active_counts() > 0, step, 0.0)
+            dual = self._dual + step
             changed, self._unfinished = search.changing, (search.mark(), progress)
             flips = search.advance(step, stopwatch.lap)
             _, after = self._system_residual(search.outputs, dual, vars(self))
-            worst = max(record["residual"] for record in self.history_)
-            if (after <= self.tol or is_last) and after <= SETTLED * worst:
+            doubtful = search.rounding > DOUBT * after * _norm(self._y)
+            if (after <= self.tol or is_last) and doubtful:
                 search.settle()
                 stopwatch.lap("seconds_query")
                 _, after = self._system_residual(search.outputs, dual, vars(self))
@@ -4831,7 +4852,7 @@ class SublinearTrainer:
 
     def _solve(self, solver, J, residual, mu, lap):
         # With more points, threads of BLAS gain more than they lose.
-        with _one_blas_thread() if len(residual) <= ONE_THREAD else nullcontext():
+        with _one_blas_thread() if len(residual) <= solver.one_thread else nullcontext():
             solver.prepare(J, mu)
             lap("seconds_jacobian")
             solved = solver.solve(residual)
@@ -4892,7 +4913,7 @@ class SublinearTrainer:
         elif reached <= 1.01 * floor:
             remedy = f"it cannot fall below {floor:.2e} since points coincide; raise tol above "
             remedy += "that, or merge them"
-        elif silent.size:
+        elif silent.size and not self.ridge:
             remedy = (
                 f"{silent.size} of {n} points have no active neuron (the first is {silent[0]}), so "
                 "their outputs cannot move; lower shift, or raise width"
