@@ -3266,7 +3266,8 @@ class _ByCounts(_Search):
         with _one_blas_thread():
             self.outputs = self.outputs - self.gram @ step
         self.operations += step.size**2
-        size = np.abs(self.outputs).max() + self.counts.max() / self.width * np.abs(step).sum()
+        largest = np.diag(self.counts).max() / self.width
+        size = np.abs(self.outputs).max() + largest * np.abs(step).sum()
         self.rounding += np.finfo(float).eps * math.sqrt(step.size) * size
 
     def active_sets(self):
