@@ -36,10 +36,11 @@ Notation (the paper's symbol, its name here, its meaning, its shape)
                       wakes or falls asleep on the point. To fire is to be active
     J       J         Jacobian; block (i, r) is m^(-1/2) a_r x_i^T if r in Q_i, else 0  (n, m d)
     G       gram      Gram matrix J J^T                                                 (n, n)
+    C       counts    number of neurons active on both x_i and x_j; G is X X^T o C / m  (n, n)
     g       step      dual step of Gauss-Newton                                         (n,)
     mu      damping   G + mu I is solved instead of G
-    nu      ridge     the same, but with f - y - nu s on the right: a ridge of the dual
-                      variables -s. `ridge` is in units of the mean of G's diagonal at the start
+    nu      --        `ridge` times the mean of G's diagonal when the points were first fitted;
+                      (G + (nu + mu) I) g = f - y - nu s is solved
     nnz     nnz       number of active pairs, the sum of |Q_i|
     s       sums      the sum of the dual steps g so far                                (n,)
     gamma   gamma     sum of g_i over the steps in which pair (r, i) was active         (live, n)
@@ -276,7 +277,8 @@ def _kernel_from_table(XXt, table, H):
 
 def _second_over_first(X, y, shift, width, regularisation):
     """Predicted length |J^T g| of the second Gauss-Newton step over that of the first. Where it is
-    small training converges, since each step has only to mend what flips in the one before left.
+    small training converges, since each step then only corrects the errors that flips in the step
+    before have left.
 
     The first step solves (H + r P I) g = y, with r the `regularisation` and P = P(Z >= b). A neuron
     that fires on x_i fires on x_j with probability P(both) / P, and then moves <w, x_i> by
@@ -284,24 +286,26 @@ def _second_over_first(X, y, shift, width, regularisation):
     s_i^2 = sum_j H_ij <x_i, x_j> g_j^2 / (m P). Of the m products on x_i, which have the density
     phi(b) at b, those cross b that are nearer than they move. A pair that crosses by t is wrong by
     t / sqrt(m), with either sign, which leaves an error e_i of variance phi(b) s_i^3 E|Z|^3 / 3.
-    The squared lengths are y^T H^-1 y and e^T H^-1 e, of which the mean over a few e of random
-    signs is taken. O(n^3).
+    The squared lengths are near y^T g and e^T (H + r P I)^-1 e, of which the mean over a few e of
+    random signs is taken. Outputs at the start count as 0. O(n^3).
     """
-    n, (XXt, H) = len(X), (X @ X.T, np.empty((len(X), len(X))))
-    correlation = 1.0 - np.linspace(0.0, math.sqrt(2.0), 2049) ** 2  # P(both) is smooth in its root
+    n = len(X)
+    XXt, H = X @ X.T, np.empty((n, n))
+    # Owen's function for every entry would take longer than a step. P(both) is smooth in the root.
+    correlation = 1.0 - np.linspace(0.0, math.sqrt(2.0), 2049) ** 2
     slope = np.sqrt((1.0 - correlation) / np.maximum(1.0 + correlation, 1e-300))
     fires = scipy.special.ndtr(-shift)
     both = np.maximum(fires - 2.0 * scipy.special.owens_t(shift, slope), 0.0)
     _kernel_from_table(XXt, both, H)
-    XXt *= H
+    squares = np.multiply(XXt, H, out=XXt)
     H.ravel()[:: n + 1] += max(regularisation, 1e-7) * fires
     triangle, failed = _cholesky(H)
     if failed:
         return np.inf
     step, _ = dpotrs(triangle, y, lower=False)
-    moves = np.sqrt(np.maximum(XXt @ step**2, 0.0) / (width * fires))
+    moves = np.sqrt(np.maximum(squares @ step**2, 0.0) / (width * fires))
     density = math.exp(-0.5 * shift * shift) / math.sqrt(2.0 * math.pi)
-    deviations = np.sqrt(density * 0.532 * moves**3)
+    deviations = np.sqrt(density * 0.532 * moves**3)  # 0.532 is E|Z|^3 / 3
     errors = deviations[:, None] * np.random.default_rng(0).choice((-1.0, 1.0), (n, 32))
     mended, _ = dpotrs(triangle, errors, lower=False)
     return math.sqrt(max(np.sum(errors * mended) / 32.0, 0.0) / max(y @ step, 1e-300))
@@ -310,7 +314,7 @@ def _second_over_first(X, y, shift, width, regularisation):
 # shift="auto" wants that ratio to be at most RATIO. It is computed at the paper's b, from SAMPLED
 # points at most, and carried over to others: on real data of all kinds its logarithm grows with b
 # like GROWTH b^2, down to b = LOWEST, below which it hardly falls while neurons fire on ever more
-# points; and with the width m it falls like m^(-3/4).
+# points. With the width it falls like m^(-3/4), by the formula.
 RATIO, GROWTH, LOWEST, SAMPLED = 0.08, 0.42, 1.0, 1024
 
 
@@ -319,7 +323,7 @@ def _shift_for(X, y, width, highest, regularisation):
     RATIO, or LOWEST; and the predictions at `highest` and at b."""
     if len(X) <= SAMPLED:
         ratio = _second_over_first(X, y, highest, width, regularisation)
-    else:  # which changes like a power of the number of points, from 0 to 1
+    else:  # it grows like a power of n between 0 and 1, which two samples tell
         some, ratios = np.random.default_rng(0).permutation(len(X))[:SAMPLED], []
         for few in (some[: SAMPLED // 2], some):
             part = y[few] * math.sqrt(np.mean(y**2) / (np.mean(y[few] ** 2) or 1.0))
@@ -1264,8 +1268,7 @@ def _pack_by_point(active, words, first, end):
 
 @njit(nogil=True)
 def _count_common(words, times, counts, low, high):
-    """Adds how many bits words[i] and words[j] share, so many times, to counts[i, j], for j <= i
-    and low <= i < high."""
+    """Adds `times` C of these words, by point, to counts: entries with j <= i, low <= i < high."""
     for i in range(low, high):
         for j in range(i + 1):
             shared = np.uint64(0)
@@ -1286,8 +1289,7 @@ def _mirror(counts):
 
 
 def _add_coactivity(words, counts, times=1):
-    """Adds to counts (n, n), so many times, how many bits each two points share; words (n, k) hold
-    64 neurons each. O(n^2 k)."""
+    """Adds `times` C of these words, (n, k) with 64 neurons each, to counts (n, n). O(n^2 k)."""
     shares = np.sqrt(np.arange(CHUNKS + 1) / CHUNKS)  # of equal work
     edges = np.ceil(len(words) * shares).astype(int)
 
@@ -1707,16 +1709,16 @@ FEW_COLUMNS, MANY_COLUMNS, PANEL = 1024, 4096, 128
 
 
 def _cholesky(A):
-    """R with A = R^T R, in LAPACK's order and with something else below its diagonal, and a number
-    that is not 0 if there is none: what dpotrf returns. A is overwritten."""
+    """R, upper triangular with A = R^T R (below its diagonal is something else), and LAPACK's error
+    code, 0 on success. Overwrites A (n, n). O(n^3)."""
     n = len(A)
     if not FEW_COLUMNS < n <= MANY_COLUMNS:
         return dpotrf(A.T, lower=False, clean=False, overwrite_a=True)
 
-    def subtract(rows, panel):  # what columns before the panel make of A
+    def subtract(rows, panel):  # A - L L^T, L being the columns before the panel
         A[rows, panel] -= A[rows, : panel.start] @ A[panel, : panel.start].T
 
-    def multiply(rows, panel, inverse):
+    def multiply(rows, panel, inverse):  # A L^-T, L being the panel's own triangle
         A[rows, panel] = A[rows, panel] @ inverse.T
 
     def parts(low):
@@ -1752,7 +1754,7 @@ class _Cholesky(_Solver):
             inverse = partial(scipy.linalg.cho_solve, self._factor, check_finite=False)
             with suppress(np.linalg.LinAlgError):  # raised if it is too far away
                 return _conjugate_gradients(self._system, residual, 1e-13, 10, inverse)
-        triangle, failed = _cholesky(self._system)  # which is made anew in the next step
+        triangle, failed = _cholesky(self._system)  # overwrites it; prepare() makes it anew
         pivots = triangle.diagonal()
         least = pivots.size * np.finfo(float).eps * pivots.max() ** 2
         if failed or pivots.min() ** 2 <= least:
@@ -2548,11 +2550,11 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, X, XXt, shift, width):
-        above = (np.abs(row[:i]).max(initial=0.0) for i, row in enumerate(XXt))
+        below = (np.abs(row[:i]).max(initial=0.0) for i, row in enumerate(XXt))
         return cls(
             X=X,
             XXt=XXt,
-            cross=max(max(above), 1e-12),
+            cross=max(max(below), 1e-12),
             longest=max(1.0, np.diag(XXt).max()),
             shift=shift,
             unit=width**-0.5,
@@ -3208,8 +3210,8 @@ class _CountedJacobian(SparseJacobian):
 
 
 class _ByCounts(_Search):
-    """Searches that keep the numbers C_ij = |Q_i and Q_j| (n, n), and leave neurons where they were
-    until they have to be looked at.
+    """Searches that keep C, and leave neurons where they were until they have to be looked at. They
+    offer `counts`, _geometry, _moments, _active_outputs() and gathered(order).
 
     The outputs follow from the Gram matrix, f <- f - G g, and from the flips; `rounding` bounds
     what that has added up to. Where it matters when training ends, they are computed anew.
@@ -3251,7 +3253,7 @@ class _ByCounts(_Search):
         """Whether moments must be forgotten before a step, after which undo() takes one more."""
         return self._moments.now - self._moments.first + 3 > MOMENTS
 
-    def _begin_count_anew(self):
+    def _forget_moments(self):
         """Forgets all moments but the last."""
         sums = np.zeros_like(self._moments.sums)
         sums[0] = self._sums
@@ -3473,7 +3475,7 @@ class _Lazy(_ByCounts):
         moving = self._live.rows["active"] > 0
         self._live.rows["slack"][moving] = self._live.certificates[moving] = -np.inf
         self._look_around()
-        self._begin_count_anew()
+        self._forget_moments()
 
     def _look_around(self):
         """Looks where a pair may have flipped, and where a row was too short for that once more."""
@@ -3625,11 +3627,11 @@ class _Lazy(_ByCounts):
 # Lazy search in words: where neurons fire on many points
 # --------------------------------------------------------------------------------------------------
 #
-# Where neurons fire on a hundredth of the points or more, a row would hold many pairs, and to move
-# its products one by one takes longer than to multiply matrices. There activity is kept as words,
+# Where neurons fire on many points (_fires_often), a row would hold many pairs, and to move its
+# products one by one takes longer than to multiply matrices. There activity is kept as words,
 # of 64 points each, and the weights of a neuron as they were when it was last moved; products are
 # made where they are needed and forgotten. The slack is the least |product - b| over *all* points,
-# and since no product moves by more than w_r does, one inequality is left,
+# and since no product moves by more than w_r does (|x_i| is 1), one inequality is left,
 #
 #     no pair of r can flip before |w_r(t') - w_r(t)| reaches its slack,
 #
@@ -3675,8 +3677,9 @@ def _points_of(words, points):
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _move_weights(packed, signs, geometry, moments, neurons):
-    """Moves the weights of some neurons to where they are now, but of those whose travel leaves
-    slack. Returns those whose slack is used up, and operations; others get new certificates."""
+    """Moves weights to the present, except where the travel alone leaves slack. Returns the neurons
+    whose slack is used up even by the length of the move, and operations; the others get new
+    certificates."""
     weights, words, _, slack, certificates, looked = packed
     X, unit, first_moment, now = geometry.X, geometry.unit, moments.first, moments.now
     sums, distance = moments.sums, moments.distance
@@ -3716,6 +3719,7 @@ def _pack(products, shift, words, least):
                 for e in range(min(32, n - first)):
                     excess = np.float32(row[first + e] - threshold)
                     bits |= np.uint32(1) << np.uint32(e) if excess >= np.float32(0) else zero
+                    # Floats that are not negative are ordered like their bits.
                     nearest = min(nearest, np.float32(abs(excess)).view(np.uint32))
                 word |= np.uint64(bits) << np.uint64(32 * half)
             words[q, z] = word
@@ -3733,7 +3737,7 @@ def _decide(products, weights, geometry, words, least, slack):
         length = np.sqrt(_dot(w, w))
         rounding = (d + 4) * 2.0**-23 * (longest * length + abs(shift))
         if not rounding < 1e30:
-            rounding = np.inf  # what overflows is no product
+            rounding = np.inf  # where float32 overflows, every pair is decided in float64
         nearest = least[q] - rounding
         if not least[q] > 2.0 * rounding:
             nearest = np.inf
@@ -3752,7 +3756,8 @@ def _decide(products, weights, geometry, words, least, slack):
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _flips_in_words(was, now, weights, scales, geometry):
-    """Points of the pairs that differ, and what they add to the outputs."""
+    """Points of the pairs that are active in one of `was` and `now` only, neuron by neuron, and
+    what each adds to the outputs."""
     X, shift, count = geometry.X, geometry.shift, np.uint64(0)
     for q in range(len(was)):
         for z in range(was.shape[1]):
@@ -3941,7 +3946,7 @@ class _InWords(_ByCounts):
         self._remember(everybody)
         self._packed.slack[:] = self._packed.certificates[:] = -np.inf
         _move_weights(self._packed, self.signs, self._geometry, self._moments, everybody)
-        self._begin_count_anew()
+        self._forget_moments()
 
     def _look_around(self):
         """Looks at the neurons whose certificates ran out and whose slack is used up."""
@@ -3949,13 +3954,14 @@ class _InWords(_ByCounts):
         work = late.size * len(self.X) * 4
         together = _together(len(self.X))
         parts = [late[low : low + together] for low in range(0, late.size, together)]
-        with _one_blas_thread():
-            found = [part for part in _map_in_threads(self._look, parts, work) if part is not None]
-        if not found:
+        self.operations += self.live.size
+        if not parts:
             return
-        looked_at, was, now, points, changes = zip(*found, strict=True)
+        with _one_blas_thread():
+            found = _map_in_threads(self._look, parts, work)
+        operations, looked_at, was, now, points, changes = zip(*found, strict=True)
+        self.operations += sum(operations)
         self.looked_at += sum(looked_at)
-        self.operations += sum(looked_at) * self.X.size
         points, changes = np.concatenate(points), np.concatenate(changes)
         if points.size:
             self.outputs = self.outputs + np.bincount(points, changes, len(self.X))
@@ -3964,14 +3970,12 @@ class _InWords(_ByCounts):
             self.flips += points.size
 
     def _look(self, neurons):
-        """How many of some neurons had to be looked at; the words before and now of those that have
-        flips, and the points that flipped and what they add to the outputs. None if none had to."""
+        """Operations, how many of some neurons had to be looked at, the words before and now of
+        those that have flips, the points that flipped and what each adds to the outputs."""
         packed, signs = self._packed, self.signs
         self._remember(neurons)
         where = self._geometry, self._moments
-        neurons, _ = _move_weights(packed, signs, *where, neurons)
-        if not neurons.size:
-            return None
+        neurons, operations = _move_weights(packed, signs, *where, neurons)
         weights, was = packed.weights[neurons], packed.words[neurons]
         now, active, slack = np.empty_like(was), np.empty(neurons.size, int), np.empty(neurons.size)
         self._find(weights, now, active, slack)
@@ -3981,7 +3985,8 @@ class _InWords(_ByCounts):
         scales = signs[neurons] * self._geometry.unit
         flips = _flips_in_words(was, now, weights, scales, self._geometry)
         flipped = (was != now).any(axis=1)
-        return neurons.size, was[flipped], now[flipped], *flips
+        operations += neurons.size * self.X.size
+        return operations, neurons.size, was[flipped], now[flipped], *flips
 
     def _counts_after(self, was, now):
         """C after words of some neurons have changed: from these, or from all words if they are
@@ -4041,8 +4046,8 @@ OFTEN, NARROW = 0.01, 1 << 12
 
 
 def _fires_often(n, d, width, shift):
-    """Whether neurons fire on so many of n points in d dimensions that the lazy search keeps their
-    activity in words, and that all neurons are drawn."""
+    """Whether the lazy search is expected to be faster with activity in words than with rows;
+    draw="auto" then draws all neurons, as most are live or there are few."""
     often = np.cbrt(n) / math.sqrt(d) * scipy.special.ndtr(-shift) >= OFTEN
     return width <= NARROW or bool(often)
 
@@ -4443,7 +4448,7 @@ class _Progress:
     def step(self, record):
         if self.verbose and self._tqdm is None:
             differs = record["system_residual"] != record["residual"]
-            system = "  of the system {system_residual:.2e}" if differs else ""
+            system = "  system_residual {system_residual:.2e}" if differs else ""
             print(
                 "{iteration:4d}  residual {residual:.2e}{system}  damping {damping:.1e}  rejected "
                 "{rejected}  changed {changed}  flips {flips}  {seconds:.3f} s".format(
@@ -4471,15 +4476,17 @@ class SublinearTrainer:
     ----------
     width : int, number m of neurons, which must be even with init="antisymmetric".
     shift : float, "auto" or "paper", threshold b of the activation. "paper" is
-        default_shift(width, alpha); "auto" is that or, where points lie so close together that
-        flips in the first step are predicted to make the second one longer than about a twelfth of
-        the first, the largest b at which they are not, but not below 1. shift_ says what was taken.
-        A warm start keeps it.
+        default_shift(width, alpha); "auto" begins with that and lowers b, to 1 at the least, until
+        the second step is predicted to be at most 0.08 times as long as the first: a prediction
+        from X, y, width, ridge and damping, O(min(n, 1024)^3). shift_ says what was taken. In a
+        warm start "auto" keeps it.
     alpha : float in [0, 1), for "auto" and "paper".
     search : how active neurons are found; same network, same steps, other costs for each step.
         "lazy"   products of live neurons near or above the threshold, and a certificate for each
                  neuron: only those looked at that may have crossed. About O(n |K|) for a first
-                 step, then the fewer the smaller the steps.
+                 step, then the fewer the smaller the steps. Where neurons fire on many points, or
+                 there are few neurons, activity in words instead, products in float32 that are
+                 decided in float64 where rounding matters, and O(n d) for a look.
         "tree"   search trees over stored products: the paper. O(n |K| (min(k, d) + log m)) for |K|
                  changed neurons, each active on k points.
         "scan"   stored products, all compared: O(n m + n |K| min(k, d)).
@@ -4499,12 +4506,13 @@ class SublinearTrainer:
         "richardson".
     draw : "all" draws every neuron, from the seed alone. "live" draws no antisymmetric pair that
         fires on no point, which is the same network in law; dead neurons are drawn where somebody
-        asks for them. It is "all" where proposals would take as long, and "auto" is "live" where it
-        can be. For given seed, X, width and shift the weights are the same for every search.
+        asks for them. It is "all" where it would take as long, and "auto" is "live" where that is
+        faster. For given seed, X, width and shift the weights are the same for every search.
     init : "antisymmetric", neurons in pairs (w, +1), (w, -1), so that f = 0 at the start; or
         "gaussian", independent signs as in the paper.
     damping : float >= 0, 0 being the paper's pure step; or "auto", Levenberg-Marquardt: the
-        residual never rises, for a step that would raise it is taken back and tried again with more
+        residual (with a ridge, system_residual) never rises, for a step that would raise it is
+        taken back and tried again with more
         damping, which fades as the linear model proves right.
     ridge : float >= 0; above 0 targets are fitted up to noise. Training then tends to where
         f - y = nu s, s being the sum of the dual steps and nu = ridge times the mean of
@@ -4520,7 +4528,7 @@ class SublinearTrainer:
         `predict` undoes it.
     dtype : precision of the products that "dense", "scan" and "tree" compute or keep. "float32"
         halves their memory and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always
-        keeps its few pairs in float64.
+        decides in float64.
     tol : float, relative residual ||f - y - nu s|| / ||y|| at which training stops. One below
         rounding, 0 among them, is met at 1e-12 (1e-6 in float32), once nothing falls any more.
     max_iter : int, largest number of steps; 0 leaves the starting network.
@@ -4547,12 +4555,14 @@ class SublinearTrainer:
         fit held), init_seconds_ (float), signs_ (m,) int8.
 
     Memory: "lazy" holds for each live neuron its starting weights, 72 bytes more, and 12 for each
-    pair near the threshold; nothing of size m. Where at most half of the live neurons are near the
+    pair near the threshold, or, in words, 8 d + n / 8 bytes, and twice that in a step; nothing of
+    size m. Where at most half of the live neurons are near the
     threshold it holds these only, without their weights. "scan" holds n m products and "tree"
     (1 + 1/15) n m, both with the starting weights of live neurons; "dense" holds m d weights.
     Costs: fit takes O(n m d) once, or O(n d) for each live neuron with draw="live"; then for each
     step the search as above and the solver, O(n^3) for "cholesky". It raises ValueError, TypeError
-    or MemoryError on bad input, LinAlgError when the Gram matrix is singular and damping is zero.
+    or MemoryError on bad input, LinAlgError when the Gram matrix is singular and damping and ridge
+    are zero.
     """
 
     # The mark of a step that has begun and is not in history_, and the progress of its fit.
@@ -4727,10 +4737,10 @@ class SublinearTrainer:
             regularisation += self.damping / max(scipy.special.ndtr(-highest), 1e-300)
         with _one_blas_thread():
             shift, at_highest, ratio = _shift_for(X, y, self.width, highest, regularisation)
-        text = f"shift {highest:.3g}, the paper's, where the second step is predicted to be "
-        text += f"{at_highest:.2g} times as long as the first"
+        text = f"shift {shift:.3g}: the second step is predicted to be {ratio:.2g} times as long "
+        text += "as the first"
         if shift < highest:
-            text = f"shift {shift:.3g} ({ratio:.2g} times), instead of {text}"
+            text += f"; at the paper's {highest:.3g} it would be {at_highest:.2g} times"
         progress.tell(text)
         if not 1.01 * RATIO < ratio < np.inf:
             return shift, None
@@ -4904,7 +4914,10 @@ class SublinearTrainer:
         silent, last, reached = np.flatnonzero(counts == 0), residuals[-6:], self._system
         floor = 0.0 if self.ridge else np.linalg.norm(self._unreachable) / _norm(self._y)
         noisy = "" if self.ridge else "; for noisy targets set ridge (try 0.1)"
-        wide = "" if self._enough is None else f" (2^{self._enough} is expected to do)"
+        of = "of the system with a ridge " if self.ridge else ""
+        wider = "lower shift or raise width"
+        if self._enough is not None:
+            wider = f"raise width from {m} to 2^{self._enough}, where steps are predicted to shrink"
         rounding = self._rounding() * np.sqrt(n) / _norm(self._y)
         slowed = self.damping not in ("auto", 0) and self.solver != "gradient"
         if not np.isfinite(reached) or last[-1] > 1.5 * min(last):
@@ -4929,21 +4942,17 @@ class SublinearTrainer:
             remedy = f"steps are short with damping={self.damping:g}; lower it, or use "
             remedy += '"auto"'
         elif ended == AFTER_MAX_ITER and last[-1] < 0.99 * last[0]:
-            remedy = (
-                "it was still falling; raise max_iter, or, for faster steps, lower shift or raise "
-                f"width{wide}{noisy}"
-            )
+            remedy = f"it was still falling; raise max_iter, or, for faster steps, {wider}{noisy}"
         elif self.n_features_in_ <= 2:
             remedy = (
                 "it has all but stopped falling: as functions of so few columns, networks are "
                 "smooth. For targets that vary quickly add columns to X, such as splines or sines "
-                f"of these (scikit-learn's SplineTransformer); for others raise width{wide}{noisy}"
+                f"of these (scikit-learn's SplineTransformer); for others raise width{noisy}"
             )
         else:
-            remedy = "it has stopped falling; lower shift or raise width"
-            remedy += f", for more active neurons{wide}{noisy}"
+            remedy = f"it has stopped falling; {wider}, for more active neurons{noisy}"
         warnings.warn(
-            f"relative residual {reached:.2e} after {self.n_iter_} steps is above "
+            f"relative residual {of}{reached:.2e} after {self.n_iter_} steps is above "
             f"tol={self.tol:g}: {remedy}",
             _convergence_warning(_of_sklearn("ConvergenceWarning", ConvergenceWarning)),
             stacklevel=4,
