@@ -586,7 +586,6 @@ def number_scaling(samples):
     seconds = {name: dict(zip(*by_width(samples, name), strict=True)) for name in METHODS}
     lazy, dense, tree = seconds["lazy"], seconds["dense"], seconds["tree"]
     widest, narrow = max(dense), sorted(dense)[:2]
-    behind = [width for width in dense if tree[width] <= lazy[width]]
     first, *steps = steps_of_lazy(samples)
     looked_at = [percent(sample["looked_at"] / first["live"]) for sample in steps[:3]]
     runs = where(sweep(samples), method="lazy", width=max(lazy))
@@ -609,7 +608,6 @@ def number_scaling(samples):
             f"{times(lazy[width] / dense[width])} as long as dense at m = {power_text(width)}"
             for width in narrow
         ),
-        "trees first": power_text(max(behind)) if behind else "no width measured",
         "many points": percent(step_mean(most_points) / step_mean(product)),
     }
 

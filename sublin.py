@@ -223,10 +223,15 @@ def shifted_ntk(X, shift):
     rho = X @ X.T
     # Rows that are equal, or opposite, up to a few rounding errors are so.
     rho = np.where(np.abs(rho) >= 1.0 - 8 * np.finfo(float).eps, np.sign(rho), rho)
+    return rho * _both_fire(rho, shift)
+
+
+def _both_fire(rho, shift):
+    """P(Z1 >= b, Z2 >= b) for standard normal Z1 and Z2 of correlation rho."""
     with np.errstate(divide="ignore"):
         slope = np.sqrt((1.0 - rho) / (1.0 + rho))
     both = scipy.special.ndtr(-shift) - 2.0 * scipy.special.owens_t(shift, slope)
-    return rho * np.maximum(both, 0.0)
+    return np.maximum(both, 0.0)
 
 
 def smallest_ntk_eigenvalue(X, shift):
@@ -292,11 +297,9 @@ def _second_over_first(X, y, shift, width, regularisation):
     n = len(X)
     XXt, H = X @ X.T, np.empty((n, n))
     # Owen's function for every entry would take longer than a step. P(both) is smooth in the root.
-    correlation = 1.0 - np.linspace(0.0, math.sqrt(2.0), 2049) ** 2
-    slope = np.sqrt((1.0 - correlation) / np.maximum(1.0 + correlation, 1e-300))
+    rho = np.maximum(1.0 - np.linspace(0.0, math.sqrt(2.0), 2049) ** 2, -1.0)
+    _kernel_from_table(XXt, _both_fire(rho, shift), H)
     fires = scipy.special.ndtr(-shift)
-    both = np.maximum(fires - 2.0 * scipy.special.owens_t(shift, slope), 0.0)
-    _kernel_from_table(XXt, both, H)
     squares = np.multiply(XXt, H, out=XXt)
     H.ravel()[:: n + 1] += max(regularisation, 1e-7) * fires
     triangle, failed = _cholesky(H)
@@ -3016,6 +3019,17 @@ class _LiveStart(NamedTuple):
     counts: np.ndarray | int = 0  # (n, n), of these
 
 
+def _unmoved(moved, first, vectors, signs):
+    """Of the vectors of a block those whose neurons are not among the numbers `moved`: the numbers
+    of their first neurons, vectors, and signs (k, copies)."""
+    copies = signs.size // len(vectors)
+    numbers, signs = first + copies * np.arange(len(vectors)), signs.reshape(-1, copies)
+    still = ~np.isin(numbers, moved)  # of twins both have moved, or neither
+    if still.all():
+        return numbers, vectors, signs
+    return numbers[still], vectors[still], signs[still]
+
+
 # Which neurons get rows.
 ALL, NEAR, CLEAR = range(3)
 
@@ -3028,18 +3042,9 @@ class _Sieve(NamedTuple):
     pull: np.ndarray  # (n,) float32: expected, or the reach
     wanted: int
 
-    def of_block(self, moved, first, vectors, signs):
+    def of_block(self, moved, *block):
         """The live neurons of a block of all that have not moved, as a list of _LiveStarts."""
-        copies = self.start.copies
-        numbers = first + copies * np.arange(len(vectors))
-        still = ~np.isin(numbers, moved)  # of twins both have moved, or neither
-        if not still.all():
-            numbers, vectors, signs = (
-                numbers[still],
-                vectors[still],
-                signs[np.repeat(still, copies)],
-            )
-        return self._sift(numbers, vectors, signs.reshape(-1, copies))
+        return self._sift(*_unmoved(moved, *block))
 
     def of_pairs(self, pairs, vectors, products):
         """The same, of pairs that are live on some of the points seen so far."""
@@ -3211,7 +3216,8 @@ class _CountedJacobian(SparseJacobian):
 
 class _ByCounts(_Search):
     """Searches that keep C, and leave neurons where they were until they have to be looked at. They
-    offer `counts`, _geometry, _moments, _active_outputs() and gathered(order).
+    offer `counts`, _geometry, _moments, _forget(), _look_around(), _active_outputs() and
+    gathered(order).
 
     The outputs follow from the Gram matrix, f <- f - G g, and from the flips; `rounding` bounds
     what that has added up to. Where it matters when training ends, they are computed anew.
@@ -3271,6 +3277,19 @@ class _ByCounts(_Search):
         largest = np.diag(self.counts).max() / self.width
         size = np.abs(self.outputs).max() + largest * np.abs(step).sum()
         self.rounding += np.finfo(float).eps * math.sqrt(step.size) * size
+
+    def advance(self, step, lap):
+        """W <- W - J^T step, and all that follows from it; returns the number of flips."""
+        before = self.flips
+        if self._is_full():
+            self._forget()
+        sums = self._sums + step
+        self._follow(step)
+        self._go_to(sums)
+        lap("seconds_update")
+        self._look_around()
+        lap("seconds_query")
+        return self.flips - before
 
     def active_sets(self):
         order = np.argsort(self.live)
@@ -3418,21 +3437,12 @@ class _Lazy(_ByCounts):
         return self._open
 
     def advance(self, step, lap):
-        """W <- W - J^T step, and all that follows from it; returns the number of flips."""
-        before = self.flips
         sums = self._sums + step
         pulled = np.abs(sums) * self._geometry.unit
         if self._left_out and (pulled > self._sieve.pull * CAUTION).any():
             self._begin_again(np.where(pulled > self._sieve.pull, 2.0 * pulled, self._sieve.pull))
-        if self._is_full():
-            self._forget()
         self._path = [*self._path, sums]
-        self._follow(step)
-        self._go_to(sums)
-        lap("seconds_update")
-        self._look_around()
-        lap("seconds_query")
-        return self.flips - before
+        return super().advance(step, lap)
 
     def undo(self, mark):
         mark, looks = (
@@ -3873,13 +3883,9 @@ class _InWords(_ByCounts):
         self.looked_at += self.width
         self.operations += self.width * n * (d + 1)
 
-    def _of_block(self, moved, first, vectors, signs):
-        copies = signs.size // len(vectors)
-        numbers = first + copies * np.arange(len(vectors))
-        still = ~np.isin(numbers, moved)
-        numbers, vectors = numbers[still], vectors[still].astype(float)
-        signs = signs.reshape(-1, copies)[still]
-        return self._live_of(numbers, vectors, signs, False)
+    def _of_block(self, moved, *block):
+        numbers, vectors, signs = _unmoved(moved, *block)
+        return self._live_of(numbers, vectors.astype(float), signs, False)
 
     def _live_of(self, numbers, weights, signs, all_of_them):
         """Of neurons whose vectors are `weights`, numbers[k] being the first that has vector k and
@@ -3916,19 +3922,6 @@ class _InWords(_ByCounts):
         self._log = []  # (neurons, what Packed held of them), in the order of time
         state = self.outputs, self.counts, self.changing, self.flips, self._moments
         return {"state": state, "log": self._log}
-
-    def advance(self, step, lap):
-        """W <- W - J^T step, and all that follows from it; returns the number of flips."""
-        before = self.flips
-        if self._is_full():
-            self._forget()
-        sums = self._sums + step
-        self._follow(step)
-        self._go_to(sums)
-        lap("seconds_update")
-        self._look_around()
-        lap("seconds_query")
-        return self.flips - before
 
     def undo(self, mark):
         for neurons, held in reversed(mark["log"]):
@@ -4791,7 +4784,7 @@ class SublinearTrainer:
         error -= ridge * dual
         # A point without active neurons is met by a s_i that moves no weight, and is left out.
         error[fitted["_search"].jacobian().active_counts() == 0] = 0.0
-        return error, float(_norm(error) / _norm(fitted["_y"])) if error.any() else 0.0
+        return error, _relative(error, fitted["_y"])
 
     def _reached(self, fitted, dual=None):
         """residual_, converged_ and what else follows from the outputs and the sum of dual steps,
@@ -5221,9 +5214,12 @@ def _norm(y):
         return np.ldexp(np.linalg.norm(np.ldexp(y, -exponent)), exponent) or 1.0
 
 
-def _relative_residual(outputs, y):
-    error = outputs - y
+def _relative(error, y):
     return float(_norm(error) / _norm(y)) if error.any() else 0.0
+
+
+def _relative_residual(outputs, y):
+    return _relative(outputs - y, y)
 
 
 @cache

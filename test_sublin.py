@@ -2444,10 +2444,10 @@ def test_rows_made_anew_reach_a_pair_that_moves_down_as_a_point_comes_in(monkeyp
 
 
 @core
-@pytest.mark.parametrize("moments", [2, 4])
-def test_more_steps_than_moments_are_remembered_give_the_same_network(moments, monkeypatch):
+@pytest.mark.parametrize("search, moments", [("lazy", 2), ("lazy", 4), ("words", 3), ("words", 5)])
+def test_more_steps_than_moments_are_remembered_give_the_same_network(search, moments, monkeypatch):
     X, y = problem(10, 4)
-    options = {"shift": 0.8, "damping": 0.3, "max_iter": 12}
+    options = {"search": search, "shift": 0.8, "damping": 0.3, "max_iter": 12}
     expected = trainer(400, **options).fit(X, y)
     monkeypatch.setattr(sublin, "MOMENTS", moments)
     fitted, _ = lazy_networks(X, y, 400, **options)
@@ -2699,19 +2699,6 @@ def test_words_have_the_same_bits_for_any_number_of_threads(monkeypatch):
     for key in KEYS:
         np.testing.assert_array_equal(values_of(one, key), values_of(many, key))
     np.testing.assert_array_equal(one.weights(), many.weights())
-
-
-@core
-@pytest.mark.parametrize("moments", [3, 5])
-def test_words_forget_moments(moments, monkeypatch):
-    X, y = problem(10, 4)
-    options = {"search": "words", "shift": 0.8, "damping": 0.3, "max_iter": 12}
-    expected = trainer(400, **options).fit(X, y)
-    monkeypatch.setattr(sublin, "MOMENTS", moments)
-    fitted, _ = lazy_networks(X, y, 400, **options)
-    assert fitted._search._moments.first > moments
-    np.testing.assert_allclose(values_of(fitted), values_of(expected), rtol=1e-9)
-    np.testing.assert_allclose(fitted.weights(), expected.weights(), rtol=1e-9, atol=1e-9)
 
 
 @core
