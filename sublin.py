@@ -77,20 +77,23 @@ Further references
 """
 
 import copy
+import hashlib
 import inspect
 import json
 import math
 import os
 import secrets
+import signal
 import stat
 import sys
 import threading
 import time
 import warnings
+import zlib
 from collections import deque
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, cached_property, partial, wraps
-from itertools import pairwise
+from itertools import islice, pairwise
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -487,6 +490,12 @@ def _float32_rounding(d):
     return (d + 4) * 2.0**-23 * LARGEST_NORMAL * math.sqrt(d)
 
 
+def _longest(vectors):
+    """At least as large as the length of any of the vectors (k, d)."""
+    entries = max(vectors.max(initial=0.0), -vectors.min(initial=0.0))
+    return float(entries) * math.sqrt(vectors.shape[1])
+
+
 def _to_nobody(share):
     """A report that nobody reads."""
 
@@ -503,6 +512,7 @@ class _Start(NamedTuple):
     width: int
     d: int
     init: str
+    ranks: "_Ranks"  # the processes that share the neurons
     law: "_Law | None" = None
     stored: tuple | None = None  # (vectors, signs) of all neurons, where a file holds them
 
@@ -510,6 +520,21 @@ class _Start(NamedTuple):
     def copies(self):
         """How many neurons share a vector."""
         return 2 if self.init == "antisymmetric" else 1
+
+    @property
+    def unit(self):
+        """How many neurons make a block; block k is that of the rank k mod the number of ranks."""
+        return BLOCK if self.law is None else 2 * self.law.pairs(self.width)
+
+    @property
+    def longest(self):
+        """At least as large as the length of any of these vectors."""
+        drawn = 4.0 * LARGEST_NORMAL * math.sqrt(self.d)
+        return drawn if self.stored is None else max(drawn, _longest(self.stored[0]))
+
+    def owns(self, neurons):
+        """Which of some neurons are this rank's."""
+        return neurons // self.unit % self.ranks.size == self.ranks.rank
 
     def signs(self, number):
         """Signs (int8) of the neurons from number * BLOCK on."""
@@ -546,13 +571,27 @@ class _Start(NamedTuple):
         return vectors, signs
 
     def groups(self, work, live, report=_to_nobody):
-        """work(first neuron, vectors, signs) of every block, in groups as _in_groups has it."""
-        size = BLOCK * self.d
+        """work(first neuron, vectors, signs) of every block of this rank, in groups as _in_groups
+        has it. Blocks of a law that do not end where those of BLOCK neurons do are cut there."""
+        blocks = self.ranks.share(-(-self.width // self.unit))
 
-        def of_block(number):
-            return work(number * BLOCK, *self.block(number, live))
+        def parts():
+            for k in blocks:
+                first, last = k * self.unit, min((k + 1) * self.unit, self.width)
+                while first < last:
+                    end = min(last, (first // BLOCK + 1) * BLOCK)
+                    yield first, end
+                    first = end
 
-        return _in_groups(of_block, -(-self.width // BLOCK), size, report)
+        def of_part(part):
+            first, end = part
+            vectors, signs = self.block(first // BLOCK, live)
+            some = slice(first % BLOCK, first % BLOCK + end - first)
+            vectors = vectors[some.start // self.copies : some.stop // self.copies]
+            return work(first, vectors, signs[some])
+
+        count = len(blocks) * -(-self.unit // BLOCK)
+        return _in_groups(of_part, parts(), count, BLOCK * self.d, report)
 
     def blocks(self, *arguments):
         """The same block by block."""
@@ -564,19 +603,20 @@ class _Start(NamedTuple):
         return self if self.law is None else self._replace(law=self.law._replace(seen=True))
 
 
-def _in_groups(of_block, count, size, report):
-    """Yields (share done, [of_block(k), ...]) for groups of the blocks k < count, made by threads;
-    `size` is how many numbers a block has, and `report` is told the share that is done.
+def _in_groups(of_block, blocks, count, size, report):
+    """Yields (share done, [of_block(k), ...]) for groups of the blocks k, about `count` of them,
+    made by threads; `size` is how many numbers a block has, and `report` is told the share that is
+    done.
 
     BLAS is held to one thread, so that blocks share the cores evenly and bits do not vary.
     """
-    at_once = 8 * numba.get_num_threads()
-    for begin in range(0, count, at_once):
-        numbers = range(begin, min(begin + at_once, count))
+    blocks, done = iter(blocks), 0
+    while some := list(islice(blocks, 8 * numba.get_num_threads())):
         with _one_blas_thread():
-            done = _map_in_threads(of_block, numbers, len(numbers) * size)
-        yield numbers.stop / count, done
-        report(numbers.stop / count)
+            made = _map_in_threads(of_block, some, len(some) * size)
+        done += len(some)
+        yield min(done / count, 1.0), made
+        report(min(done / count, 1.0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -642,6 +682,10 @@ class _Law(NamedTuple):
         if t <= 0:
             return math.inf
         return len(self.points) * math.exp(-0.5 * t * t) / (t * math.sqrt(2.0 * math.pi))
+
+    def pairs(self, width):
+        """How many pairs a block has."""
+        return max(BLOCK // 2, int(min(PROPOSED / max(self.rate, 1e-300), width // 2)))
 
     def fires(self, vectors):
         """Which of the vectors (k, d) float32 fire on some point (k,)."""
@@ -747,8 +791,7 @@ class _LiveBlocks:
         self._X32 = self._X.astype(np.float32)
         self._rounding = _float32_rounding(start.d)
         self._tail, self._rate = law.tail, law.rate
-        most = start.width // 2
-        self._pairs = max(BLOCK // 2, int(min(PROPOSED / max(self._rate, 1e-300), most)))
+        self._pairs = law.pairs(start.width)
         self.count = -(-start.width // (2 * self._pairs))
 
     def block(self, number):
@@ -829,9 +872,10 @@ class _LiveBlocks:
         return found
 
     def groups(self, work, report):
-        """work(pairs, vectors, products) of every block, in groups as _in_groups yields them."""
-        size = PROPOSED * self._start.d
-        return _in_groups(lambda k: work(*self.block(k)), self.count, size, report)
+        """work(pairs, vectors, products) of every block of this rank, in groups as _in_groups
+        yields them."""
+        blocks, size = self._start.ranks.share(self.count), PROPOSED * self._start.d
+        return _in_groups(lambda k: work(*self.block(k)), blocks, len(blocks), size, report)
 
 
 def _for_each_neuron(work):
@@ -1406,7 +1450,8 @@ class SparseJacobian(LinearOperator):
 
     def _sum_by_point(self, kernel, *arguments):
         work = 8 * self.active.points.size
-        return _sum_over_chunks(kernel, self.active.neurons.size, len(self.X), work, *arguments)
+        total = np.zeros(len(self.X))
+        return _sum_over_chunks(kernel, self.active.neurons.size, total, work, *arguments)
 
     def gram(self):
         """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i and Q_j|, without d:
@@ -1897,6 +1942,46 @@ SOLVERS = {
 
 
 # ==================================================================================================
+# Sums over neurons in whole numbers
+# ==================================================================================================
+#
+# Floating-point sums depend on who adds what first. Where neurons are spread over processes, sums
+# over them are of integers: a number x counts as round(x ones), and what that leaves out as an
+# integer too, FINER times as fine; `ones`, a power of two, is as large as a bound on all that can
+# be added allows. So every process gets the same bits, in whatever order and by whomever parts are
+# added.
+
+FINER = 2.0**30
+
+
+def _ones(bound, width):
+    """The integers that make 1 in sums over at most `width` neurons, each of which adds `bound` at
+    most, and that twice at most; 0 if the bound overflows."""
+    if not bound < np.inf:
+        return 0.0
+    return math.ldexp(1.0, 60 - math.frexp(bound)[1] - int(width).bit_length())
+
+
+@njit(inline="always")
+def _add_whole(sums, i, x, ones):
+    """Adds x to entry i of sums (2, n) int64."""
+    whole = np.rint(x * ones)
+    sums[0, i] += np.int64(whole)
+    sums[1, i] += np.int64(np.rint((x * ones - whole) * FINER))
+
+
+def _to_whole(numbers, ones):
+    """Numbers (n,) as such sums (2, n)."""
+    whole = np.rint(numbers * ones)
+    return np.stack([whole, np.rint((numbers * ones - whole) * FINER)]).astype(np.int64)
+
+
+def _from_whole(sums, ones):
+    """The numbers (n,), which are nan if there was no bound."""
+    return (sums[0] + sums[1] / FINER) / (ones or np.nan)
+
+
+# ==================================================================================================
 # Networks, as training leaves them
 # ==================================================================================================
 
@@ -1908,32 +1993,45 @@ def _outputs_of(X, W, signs, shift):
 
 
 class _Network(NamedTuple):
-    """A trained network, for predictions: weights of live neurons, and how others are drawn."""
+    """A trained network, for predictions: weights of this rank's live neurons, and how others are
+    drawn."""
 
     start: _Start
     shift: float
-    live: np.ndarray  # (n_live,) the live neurons' own numbers, in any order
+    live: np.ndarray  # (n_live,) the live neurons' own numbers, ascending
     signs: np.ndarray  # (n_live,) theirs
     weights: np.ndarray  # (n_live, d) theirs
+    longest: float  # at least as large as the length of any weight vector
     clear: "_Clear | None" = None  # live neurons that are not held
 
     def outputs(self, X):
-        """f (k,) at the rows of X (k, d). Antisymmetric dead neurons cancel on every input, and are
-        left out."""
+        """f (k,) at the rows of X (k, d), of the neurons of all ranks. Antisymmetric dead neurons
+        cancel on every input, and are left out."""
+        ranks, width = self.start.ranks, self.start.width
+        (longest,) = ranks.gather(np.array([self.longest]))
+        reach = np.sqrt(X.shape[1]) * np.abs(X).max()  # no row of X is longer
+        ones = _ones(longest.max() * reach + abs(self.shift), width)
 
         def of_block(W, signs):
-            return _outputs_of(X, W, signs, self.shift)
+            return _to_whole(_outputs_of(X, W, signs, self.shift), ones)
 
-        if self.start.init == "antisymmetric" or self.live.size == self.start.width:
-            rows = (slice(low, low + BLOCK) for low in range(0, self.live.size, BLOCK))
-            blocks = (of_block(self.weights[some].astype(float), self.signs[some]) for some in rows)
+        if self.start.init == "antisymmetric" or self.live.size == width:
+            edges = np.flatnonzero(np.diff(self.live // self.start.unit)) + 1
+            edges = [0, *edges, self.live.size]
+
+            def of_held(part):
+                return of_block(self.weights[slice(*part)].astype(float), self.signs[slice(*part)])
+
+            groups = _in_groups(of_held, pairwise(edges), len(edges), X.size, _to_nobody)
         else:
             trained = self._trained()
-            blocks = self.start.blocks(lambda *block: of_block(*trained(*block)), self.live)
-        outputs = sum(blocks, np.zeros(len(X)))
+            groups = self.start.groups(lambda *block: of_block(*trained(*block)), self.live)
+        zeros = np.zeros((2, len(X)), np.int64)
+        sums = sum((block for _, blocks in groups for block in blocks), zeros)
         if self.clear is not None:
-            outputs = outputs + self.clear.outputs(X, self.shift)
-        return outputs / np.sqrt(self.start.width)
+            sums = sum(self.clear.each(lambda _, W, signs, *__: of_block(W, signs)), sums)
+        (sums,) = ranks.sum(sums)
+        return _from_whole(sums, ones) / np.sqrt(width)
 
     def whole(self):
         """This network with all live neurons held."""
@@ -1941,20 +2039,31 @@ class _Network(NamedTuple):
             return self
         size = self.live.size + self.clear.count
         _check_memory(f"weights of {size} live neurons", 24 * size * self.start.d)
-        numbers, weights, signs = self.clear.held()
-        live, signs = np.append(self.live, numbers), np.append(self.signs, signs)
-        weights = np.concatenate([self.weights, weights])
+        held = zip((self.live, self.weights, self.signs), self.clear.held(), strict=True)
+        live, weights, signs = _in_order(*map(np.concatenate, held))
         return self._replace(live=live, signs=signs, weights=weights, clear=None)
+
+    def everywhere(self):
+        """This network with the live neurons of all ranks, as one process has it."""
+        ranks = self.start.ranks
+        if ranks.size == 1:
+            return self
+        live, weights, signs = _in_order(*ranks.gather(self.live, self.weights, self.signs))
+        start, clear = self.start._replace(ranks=_Ranks()), self.clear
+        if clear is not None:
+            (counts,) = ranks.gather(np.array([clear.count]))
+            sieve = clear.sieve._replace(start=start)
+            clear = clear._replace(count=int(counts.sum()), sieve=sieve)
+        held = {"live": live, "signs": signs, "weights": weights, "clear": clear}
+        return self._replace(start=start, **held)
 
     def _trained(self):
         """A function that puts the trained weights into a block of starting ones."""
-        order = np.argsort(self.live)
-        live = self.live[order]
 
         def trained(first, W, signs):
-            low, high = np.searchsorted(live, (first, first + len(W)))
+            low, high = np.searchsorted(self.live, (first, first + len(W)))
             W = W.astype(float)
-            W[live[low:high] - first] = self.weights[order[low:high]]
+            W[self.live[low:high] - first] = self.weights[low:high]
             return W, signs
 
         return trained
@@ -1967,10 +2076,10 @@ class _Network(NamedTuple):
             return self.whole().all_weights()
         out = np.empty((width, d))
         if self.live.size == width:
-            out[self.live] = self.weights
+            out[:] = self.weights
             return out
         first = 0
-        for W, _ in self.start.blocks(_for_each_neuron(self._trained()), np.sort(self.live)):
+        for W, _ in self.start.blocks(_for_each_neuron(self._trained()), self.live):
             out[first : first + len(W)] = W
             first += len(W)
         return out
@@ -1978,7 +2087,7 @@ class _Network(NamedTuple):
     def all_signs(self):
         """Signs of all neurons (m,) int8."""
         if self.live.size == self.start.width:
-            return self.signs[np.argsort(self.live)].astype(np.int8)
+            return self.signs.astype(np.int8)
         _check_memory(f"signs of {self.start.width} neurons", 2 * self.start.width)
         blocks = range(-(-self.start.width // BLOCK))
         return np.concatenate([self.start.signs(number) for number in blocks])
@@ -1988,10 +2097,9 @@ class _Network(NamedTuple):
         neurons are looked at, so for other points it would miss some."""
         if self.clear is not None:
             return self.whole().active_sets(X)
-        order = np.argsort(self.live)
-        firing = np.flatnonzero(self.weights[order] @ X.T >= self.shift)
+        firing = np.flatnonzero(self.weights @ X.T >= self.shift)
         neurons, points = np.divmod(firing, len(X))
-        return _grouped(self.live[order[neurons]], points)
+        return _grouped(self.live[neurons], points)
 
 
 # ==================================================================================================
@@ -2014,20 +2122,54 @@ class _Moved(NamedTuple):
     numbers: np.ndarray  # (k,) ascending
     weights: np.ndarray  # (k, d)
     signs: np.ndarray  # (k,)
+    longest: (
+        float  # at least as large as the length of any of them on any rank; 0 if there are none
+    )
+
+    @property
+    def anywhere(self):
+        """Whether there are any, on this rank or another."""
+        return self.longest > 0
+
+    @classmethod
+    def of(cls, network, start):
+        """This rank's share, for a search from `start`, of the neurons that a network holds. Each
+        rank hears of those of all, a part at a time."""
+        whole, ranks = network.whole(), network.start.ranks
+        if ranks.size == start.ranks.size == 1:
+            return cls(whole.live, whole.weights, whole.signs, whole.longest)
+        sizes, longest = ranks.gather(np.array([whole.live.size]), np.array([whole.longest]))
+        found = []
+        for low in range(0, sizes.max() + 1, DEALT):
+            held = whole.live, whole.weights, whole.signs
+            part = ranks.gather(*(array[low : low + DEALT] for array in held))
+            mine = start.owns(part[0])
+            found.append([array[mine] for array in part])
+        held = _in_order(*map(np.concatenate, zip(*found, strict=True)))
+        return cls(*held, longest.max())
+
+
+# Neurons that each rank sends at a time where they are dealt out anew.
+DEALT = 1 << 17
+
+
+def _in_order(numbers, *arrays):
+    """Arrays whose entries belong to neurons, and these, in the order of the neurons' numbers."""
+    order = np.argsort(numbers)
+    return [array[order] for array in (numbers, *arrays)]
 
 
 def _with_live_pairs(moved, start, report):
     """`moved` and the live pairs of a law that are not known yet."""
-    groups = _LiveBlocks(start, moved.numbers).groups(lambda *block: block, report)
-    pairs, vectors, _ = zip(*(block for _, blocks in groups for block in blocks), strict=True)
-    numbers = (2 * np.concatenate(pairs)[:, None] + [0, 1]).ravel()
-    numbers = np.concatenate([moved.numbers, numbers])
-    weights = np.concatenate([moved.weights, np.repeat(np.concatenate(vectors), 2, axis=0)])
-    signs = np.concatenate(
-        [moved.signs, np.tile([1.0, -1.0], numbers.size - moved.signs.size >> 1)]
-    )
-    order = np.argsort(numbers)
-    return _Moved(numbers[order], weights[order], signs[order])
+
+    def of_block(pairs, vectors, _):
+        numbers = (2 * pairs[:, None] + [0, 1]).ravel()
+        return numbers, np.repeat(vectors, 2, axis=0), np.tile([1.0, -1.0], pairs.size)
+
+    groups = _LiveBlocks(start, moved.numbers).groups(of_block, report)
+    held = [moved[:3], *(block for _, blocks in groups for block in blocks)]
+    held = _in_order(*map(np.concatenate, zip(*held, strict=True)))
+    return _Moved(*held, moved.longest)
 
 
 class _Search:
@@ -2068,8 +2210,11 @@ class _Search:
             if self.clear is not None:
                 what = f"weights of {self.live.size} neurons near the threshold"
                 _check_memory(what, 24 * self.live.size * self.X.shape[1])
-            weights = self._weights(np.arange(self.live.size))
-            held = self.live, self.signs, weights
+            order = np.argsort(self.live)
+            weights = self._weights(order)
+            longest = max(_longest(weights), self.start.longest)
+            longest += 0.0 if self.clear is None else self.clear.pulled
+            held = self.live[order], self.signs[order], weights, longest
             network = _Network(self.start, self.shift, *held, self.clear)
             self._network_of = self.outputs, network
         return self._network_of[1]
@@ -2090,8 +2235,8 @@ class _ForwardPass(_Search):
         active, values = self._find()
         signs = self.signs[active.neurons]
         where = active, signs, values, self.shift
-        size, n = active.neurons.size, len(self.X)
-        sums = _sum_over_chunks(_add_outputs, size, n, 4 * values.size, *where)
+        size, total = active.neurons.size, np.zeros(len(self.X))
+        sums = _sum_over_chunks(_add_outputs, size, total, 4 * values.size, *where)
         self.active, self.outputs = active, sums / np.sqrt(self.width)
 
     @property
@@ -2577,6 +2722,7 @@ class Moments(NamedTuple):
     now: int
     sums: np.ndarray  # (MOMENTS, n)
     distance: float  # D now
+    longest: float  # no weight vector of any neuron is longer now
 
 
 @njit(inline="always")
@@ -2666,7 +2812,7 @@ def _swap(points, products, e, f):
 
 
 @njit(inline="always")
-def _flip(points, products, first, size, k, scale, shift, q, flips, found, outputs):
+def _flip(points, products, first, size, k, scale, shift, q, flips, found, outputs, ones):
     """Flips the pairs of a row that have crossed b, writes them down and adds what they change to
     the outputs, in which an active pair has -scale (product - b); returns how many pairs are active
     now, and how many flips are written."""
@@ -2676,14 +2822,14 @@ def _flip(points, products, first, size, k, scale, shift, q, flips, found, outpu
         if excess >= 0.0:
             e += 1
             continue
-        outputs[points[e]] += scale * excess
+        _add_whole(outputs, points[e], scale * excess, ones)
         flips[found]["neuron"], flips[found]["point"], flips[found]["sign"] = q, points[e], -1
         found, k = found + 1, k - 1
         _swap(points, products, e, first + k)
     for e in range(end, first + size):
         excess = products[e] - shift
         if excess >= 0.0:
-            outputs[points[e]] -= scale * excess
+            _add_whole(outputs, points[e], -scale * excess, ones)
             flips[found]["neuron"], flips[found]["point"], flips[found]["sign"] = q, points[e], 1
             _swap(points, products, e, first + k)
             found, k = found + 1, k + 1
@@ -2756,17 +2902,17 @@ def _count_flips(points, first, k, flips, begun, found, counts):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _look(live, geometry, moments, edges, outputs, tally, flips, count, counts):
+def _look(live, geometry, moments, ones, edges, outputs, tally, flips, count, counts):
     """Of the neurons of the chunks (edges[c], ..., edges[c + 1] - 1 are those of chunk c) whose
     certificates ran out, each gets a new one if slack is left, and is looked at otherwise.
 
-    Writes the flips, and their number into count[0]. Adds to outputs[c] what they change of
-    f - G g, the outputs if none had flipped, and to counts what they change of C.
+    Writes the flips, and their number into count[0]. Adds to outputs[c], in whole numbers, what
+    they change of f - G g, the outputs if none had flipped, and to counts what they change of C.
     """
     # Arrays are taken out of the tuples once, as each time their references would be counted.
     rows, certificates, points, products = live
     X, XXt, cross, longest, shift, unit, entry = geometry
-    first_moment, now, sums, distance = moments
+    first_moment, now, sums, distance, _ = moments
     d, found = X.shape[1], 0
     factors, w = np.empty(len(X)), np.empty(d)
     for chunk in range(edges.size - 1):
@@ -2798,8 +2944,9 @@ def _look(live, geometry, moments, edges, outputs, tally, flips, count, counts):
                 tally[chunk, SHORT] += 1
                 continue
             begun = found
+            total = outputs[chunk]
             k, found = _flip(
-                points, products, first, size, k, scale, shift, q, flips, found, outputs[chunk]
+                points, products, first, size, k, scale, shift, q, flips, found, total, ones
             )
             _count_flips(points, first, k, flips, begun, found, counts)
             tally[chunk, MOVING] += int(k > 0) - int(row.active > 0)
@@ -2827,11 +2974,12 @@ def _unflip(live, flips, count):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _add_active_outputs(live, geometry, moments, edges, outputs):
-    """Adds to outputs[chunk] the outputs of the neurons edges[chunk], ..., edges[chunk + 1] - 1."""
+def _add_active_outputs(live, geometry, moments, ones, edges, outputs):
+    """Adds to outputs[chunk], in whole numbers, the outputs of the neurons edges[chunk], ...,
+    edges[chunk + 1] - 1."""
     rows, _, points, products = live
     X, XXt, _, _, shift, unit, entry = geometry
-    first_moment, now, sums, _ = moments
+    first_moment, now, sums, _, _ = moments
     d = X.shape[1]
     factors, w, moved = np.empty(len(X)), np.empty(d), np.empty(len(X))
     for chunk in range(edges.size - 1):
@@ -2851,7 +2999,8 @@ def _add_active_outputs(live, geometry, moments, edges, outputs):
                 for a in range(k):
                     moved[a] += _dot(w, X[points[first + a]])
             for a in range(k):
-                outputs[chunk, points[first + a]] -= scale * (moved[a] - shift)
+                excess = moved[a] - shift
+                _add_whole(outputs[chunk], points[first + a], -scale * excess, ones)
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
@@ -3092,7 +3241,8 @@ class _Sieve(NamedTuple):
 
 
 class _Clear(NamedTuple):
-    """Clear neurons, as training has moved them: their active sets are those of the start."""
+    """Clear neurons of this rank, as training has moved them: their active sets are those of the
+    start."""
 
     count: int
     sieve: _Sieve  # that lets the others through
@@ -3119,18 +3269,16 @@ class _Clear(NamedTuple):
         groups = _LiveBlocks(self.sieve.start, NOBODY).groups(of_block, _to_nobody)
         return [found for _, blocks in groups for block in blocks for found in block]
 
-    def outputs(self, X, shift):
-        """What they add to sqrt(m) f at the rows of X (k, d)."""
-
-        def work(numbers, weights, signs, *_):
-            return _outputs_of(X, weights, signs, shift)
-
-        return sum(self.each(work), np.zeros(len(X)))
+    @property
+    def pulled(self):
+        """None of them has moved further than this."""
+        return self.sieve.geometry.unit * np.abs(self.sums).sum() * self.sieve.geometry.longest
 
     def held(self):
         """Their numbers, weights and signs."""
+        nobody = NOBODY, np.zeros((0, self.sieve.start.d)), np.zeros(0)
         parts = self.each(lambda numbers, weights, signs, *_: (numbers, weights, signs))
-        return tuple(map(np.concatenate, zip(*parts, strict=True)))
+        return map(np.concatenate, zip(nobody, *parts, strict=True))
 
     def with_active_sets(self, others):
         """Their ActiveSets, and those of others, together."""
@@ -3197,12 +3345,16 @@ class _CountedJacobian(SparseJacobian):
         self._search, self.flips = search, search.flips
 
     @cached_property
-    def active(self):
-        return self._search.gathered(np.arange(self._search.live.size))
+    def _active_and_signs(self):
+        return self._search.active_sets_and_signs()
 
-    @cached_property
+    @property
+    def active(self):
+        return self._active_and_signs[0]
+
+    @property
     def _signs(self):
-        return self._search.signs[self.active.neurons]
+        return self._active_and_signs[1]
 
     def active_counts(self):
         return np.diag(self._search.counts)
@@ -3215,15 +3367,42 @@ class _CountedJacobian(SparseJacobian):
 
 
 class _ByCounts(_Search):
-    """Searches that keep C, and leave neurons where they were until they have to be looked at. They
-    offer `counts`, _geometry, _moments, _forget(), _look_around(), _active_outputs() and
-    gathered(order).
+    """Searches that keep C, and leave neurons where they were until they have to be looked at.
+
+    Each rank holds its own neurons and their counts, `_own_counts`. They offer _find_flips(), of
+    own neurons; _own_outputs(), what these add to f, in whole numbers; _void(), which voids all
+    certificates; and gathered(order).
 
     The outputs follow from the Gram matrix, f <- f - G g, and from the flips; `rounding` bounds
     what that has added up to. Where it matters when training ends, they are computed anew.
     """
 
-    rounding = 0.0
+    rounding, _clear_counts = 0.0, 0
+    _looked_until = 0.0  # D when flips were last looked for; undo() adds to D, and leaves them
+
+    def _open(self, longest):
+        """`longest` bounds the length of starting vectors and of those that have moved."""
+        self._geometry = Geometry.of(self.X, self.XXt, self.shift, self.width)
+        self._moments = Moments(0, 0, np.zeros((MOMENTS, len(self.X))), 0.0, longest)
+
+    def _add_up(self, own_outputs, changing, looked_at, operations):
+        """Counts and outputs at the start, from those of all ranks' neurons."""
+        tally = np.array([self.n_live, changing, looked_at, operations])
+        outputs, self.counts, tally = self.start.ranks.sum(own_outputs, self._own_counts, tally)
+        self.n_live, self.changing, looked_at, operations = map(int, tally)
+        self.outputs = _from_whole(outputs, self._ones_now)
+        self.looked_at += looked_at
+        self.operations += operations
+
+    @property
+    def _ones_now(self):
+        """The integers that make 1 in sums of outputs."""
+        longest, shift = self._moments.longest * self._geometry.longest, abs(self.shift)
+        return _ones((longest + shift) * self._geometry.unit, self.width)
+
+    @property
+    def _no_outputs(self):
+        return np.zeros((2, len(self.X)), np.int64)
 
     @property
     def nnz(self):
@@ -3249,25 +3428,53 @@ class _ByCounts(_Search):
 
     def _go_to(self, sums):
         """Makes `sums` the s of a new moment, and adds to D."""
-        first, now, all_sums, distance = self._moments
+        first, now, all_sums, distance, longest = self._moments
         all_sums[now + 1 - first] = sums
-        distance += np.abs(sums - self._sums).max() * self._geometry.unit
-        distance = np.nextafter(distance, np.inf)  # D is rounded up, and certificates down
-        self._moments = Moments(first, now + 1, all_sums, distance)
+        moves = np.abs(sums - self._sums) * self._geometry.unit
+        # D is rounded up, and certificates down
+        distance = np.nextafter(distance + moves.max(), np.inf)
+        longest += self._geometry.longest * moves.sum()
+        self._moments = Moments(first, now + 1, all_sums, distance, longest)
 
-    def _is_full(self):
-        """Whether moments must be forgotten before a step, after which undo() takes one more."""
-        return self._moments.now - self._moments.first + 3 > MOMENTS
+    def _travel_to(self, sums):
+        """Moves the neurons, and looks where a pair may have flipped. Before moments run out all
+        neurons are looked at, so that earlier ones are not needed any more."""
+        full = self._moments.now - self._moments.first + 3 > MOMENTS  # undo() takes one more
+        if full:
+            self._void()
+        self._go_to(sums)
+        self._look_around()
+        if full:
+            last = np.zeros_like(self._moments.sums)
+            last[0] = self._sums
+            self._moments = self._moments._replace(first=self._moments.now, sums=last)
 
-    def _forget_moments(self):
-        """Forgets all moments but the last."""
-        sums = np.zeros_like(self._moments.sums)
-        sums[0] = self._sums
-        self._moments = self._moments._replace(first=self._moments.now, sums=sums)
+    def _look_around(self):
+        """Looks where a pair may have flipped, and adds up what that changes over all ranks."""
+        own_outputs, tally = self._find_flips()
+        self._looked_until = self._moments.distance
+        found = own_outputs, self._own_counts, tally
+        # All ranks solve for themselves, and must have come to the same.
+        alike = self._sums.tobytes() + self.outputs.tobytes()
+        outputs, counts, tally = self.start.ranks.sum(*found, alike=alike)
+        looked_at, operations, flips, changing = map(int, tally)
+        if flips:
+            self.outputs = self.outputs + _from_whole(outputs, self._ones_now)
+            self.counts = counts
+        self.looked_at += looked_at
+        self.operations += operations
+        self.flips += flips
+        self.changing += changing
 
     def settle(self):
         """Makes sure that `outputs` come from a forward pass."""
-        self.outputs, self.rounding = self._active_outputs(), 0.0
+        clear_counts = np.broadcast_to(self._clear_counts, self.counts.shape)
+        outputs, clear_counts = self.start.ranks.sum(self._own_outputs(), clear_counts)
+        self.outputs, self.rounding = _from_whole(outputs, self._ones_now), 0.0
+        if clear_counts.any():  # of pairs that cancelled at the start, and are linear
+            with _one_blas_thread():
+                linear = _gram(self.XXt, clear_counts, self.width) @ self._sums
+            self.outputs = self.outputs - linear
 
     def _follow(self, step):
         """The outputs after a step, but for flips. No entry of G is above its diagonal."""
@@ -3280,30 +3487,55 @@ class _ByCounts(_Search):
 
     def advance(self, step, lap):
         """W <- W - J^T step, and all that follows from it; returns the number of flips."""
-        before = self.flips
-        if self._is_full():
-            self._forget()
-        sums = self._sums + step
+        before, sums = self.flips, self._sums + step
         self._follow(step)
-        self._go_to(sums)
         lap("seconds_update")
-        self._look_around()
+        self._travel_to(sums)
         lap("seconds_query")
         return self.flips - before
 
-    def active_sets(self):
+    def _batches(self, neurons, size):
+        """Parts of a list of neurons, `size` at most and of one block each, so that products which
+        BLAS makes of them together have the same bits on whatever rank the block is."""
+        edges = np.flatnonzero(np.diff(self.live[neurons] // self._unit)) + 1
+        blocks = np.split(neurons, edges)
+        return [some[low : low + size] for some in blocks for low in range(0, some.size, size)]
+
+    @cached_property
+    def _unit(self):
+        return self.start.unit
+
+    def active_sets_and_signs(self):
+        """ActiveSets of the neurons of all ranks, with their own numbers; and their signs."""
         order = np.argsort(self.live)
-        active = self.gathered(order)
+        active, signs = self.gathered(order), self.signs[order]
+        signs = signs[active.neurons]
         active = active._replace(neurons=self.live[order[active.neurons]])
-        return active if self.clear is None else self.clear.with_active_sets(active)
+        if self.clear is not None:
+            active = self.clear.with_active_sets(active)
+            signs = 1.0 - 2.0 * (active.neurons % 2)
+        if self.start.ranks.size == 1:
+            return active, signs
+        sizes = np.diff(active.offsets)
+        neurons, sizes, signs, points = self.start.ranks.gather(
+            active.neurons, sizes, signs, active.points
+        )
+        ends = np.cumsum(sizes)
+        neurons, starts, ends, signs = _in_order(neurons, ends - sizes, ends, signs)
+        _, places = _ranges(starts, ends)
+        offsets = np.append(0, np.cumsum(ends - starts))
+        return ActiveSets(neurons, offsets, points[places]), signs
+
+    def active_sets(self):
+        return self.active_sets_and_signs()[0]
 
 
 class _Lazy(_ByCounts):
     """Looks at the neurons that may have a flip, and at no others.
 
-    What a step replaces as a whole are `outputs`, `counts`, `changing` and the moment. Rows change
-    one by one: undo() takes back their flips, which the ledger has, and travels back to the earlier
-    sum of steps, as if by another step.
+    What a step replaces as a whole are `outputs`, the counts, `changing` and the moment. Rows
+    change one by one: undo() takes back their flips, which the ledger has, and goes back to the
+    earlier sum of steps, as if by another step.
     """
 
     @staticmethod
@@ -3313,9 +3545,7 @@ class _Lazy(_ByCounts):
     placed_anew = 0  # rows made anew in training, for those who look inside
 
     def _begin(self, y, moved, news, report, reach=None):
-        n = len(self.X)
-        self._geometry = Geometry.of(self.X, self.XXt, self.shift, self.width)
-        self._moments = Moments(0, 0, np.zeros((MOMENTS, n)), 0.0)
+        self._open(max(self.start.longest, moved.longest))
         self._ledger = _Ledger()
         # Training ends about where every active product has moved by |y_i| / (Phi(-b) sqrt(m)), so
         # that dw_r is a sum of vectors of about that length, one for each active point.
@@ -3329,7 +3559,7 @@ class _Lazy(_ByCounts):
             groups = self.start.groups(work, moved.numbers, report)
         elif news:
             live_blocks = _LiveBlocks(self.start, moved.numbers)
-            if self.lean and not moved.numbers.size:
+            if self.lean and not moved.anywhere:
                 self._sieve = self._lean_sieve(live_blocks, y, reach)
             groups = live_blocks.groups(self._sieve.of_pairs, report)
         else:
@@ -3338,15 +3568,12 @@ class _Lazy(_ByCounts):
         self._lay_out(groups, moved)
         everybody = np.arange(self.live.size)
         active = ActiveSets(everybody, *_active_pairs(self._live, everybody))
-        self.counts = _coactivity(active, n) + self._clear_counts
-        self.changing = np.count_nonzero(self._live.rows["active"]) + self._left_out
+        self._own_counts = _coactivity(active, len(self.X)) + self._clear_counts
+        changing = np.count_nonzero(self._live.rows["active"]) + self._left_out
         self.n_live = self.live.size + self._left_out
-        if moved.numbers.size or self.start.init == "gaussian":
-            self.outputs = self._active_outputs()
-        else:
-            self.outputs = np.zeros(n)  # antisymmetric pairs cancel
-        self.looked_at += self.n_live
-        self.operations += self._used
+        cancel = self.start.init == "antisymmetric" and not moved.anywhere
+        outputs = self._no_outputs if cancel else self._own_outputs()
+        self._add_up(outputs, changing, self.n_live, self._used)
 
     def _lean_sieve(self, live_blocks, y, reach):
         """A sieve that lets near neurons through only, if at most half of the live ones are."""
@@ -3367,9 +3594,9 @@ class _Lazy(_ByCounts):
         """All rows in one stretch of memory; those of moved neurons come last."""
         self._copies = self.start.copies
         dtype = moved.weights.dtype if moved.numbers.size else np.float32
-        lean = self._sieve.wanted == NEAR  # its vectors are drawn again where they are asked for
+        vectors = {"vectors": np.empty((0, self.X.shape[1]), dtype)}
         stack = _Stack(
-            **({} if lean else {"vectors": np.empty((0, self.X.shape[1]), dtype)}),
+            **({} if self._is_lean else vectors),  # else they are drawn again where asked for
             live=NOBODY,
             signs=np.zeros(0),
             rows=np.zeros(0, ROW),
@@ -3395,7 +3622,7 @@ class _Lazy(_ByCounts):
         pairs = stack.arrays["points"], stack.arrays["products"]
         self._live = LiveRows(rows, arrays["certificates"], *pairs)
         moved_ones = np.arange(self._n_drawn, self.live.size)
-        for neurons in self._batches(moved_ones):
+        for neurons in self._batches(moved_ones, self._together):
             products = self._all_products(neurons)
             margins = np.full(neurons.size, self._margin)
             self._place(neurons, products, products >= self.shift, margins)
@@ -3431,33 +3658,31 @@ class _Lazy(_ByCounts):
             self._live = self._live._replace(points=points, products=products)
 
     def mark(self):
-        state = self.outputs, self.counts, self.changing, self.flips
-        looks, steps = len(self._ledger.looks), len(self._path)
-        self._open = {"state": state, "sums": self._sums.copy(), "looks": looks, "steps": steps}
-        return self._open
+        state = self.outputs, self.counts, self._own_counts, self.changing, self.flips
+        looks, steps, longest = len(self._ledger.looks), len(self._path), self._moments.longest
+        self._mark = {"state": state, "sums": self._sums.copy(), "looks": looks, "steps": steps}
+        self._mark["longest"] = longest
+        return self._mark
 
     def advance(self, step, lap):
         sums = self._sums + step
         pulled = np.abs(sums) * self._geometry.unit
-        if self._left_out and (pulled > self._sieve.pull * CAUTION).any():
+        if self._is_lean and (pulled > self._sieve.pull * CAUTION).any():
             self._begin_again(np.where(pulled > self._sieve.pull, 2.0 * pulled, self._sieve.pull))
         self._path = [*self._path, sums]
         return super().advance(step, lap)
 
     def undo(self, mark):
-        mark, looks = (
-            self._open,
-            self._ledger.looks,
-        )  # `mark`, but for what _begin_again has changed
+        mark, looks = self._mark, self._ledger.looks  # that mark, which _begin_again may change
         self._path = self._path[: mark["steps"]]
         while len(looks) > mark["looks"]:
             for piece in filter(None, looks[-1].pieces):
                 _unflip(self._live, *piece)
             looks.pop()
-        self.outputs, self.counts, self.changing, self.flips = mark["state"]
+        self.outputs, self.counts, self._own_counts, self.changing, self.flips = mark["state"]
         if not np.array_equal(self._sums, mark["sums"]):
             self._go_to(mark["sums"])
-        self._look_around()  # a pair within rounding of b may flip
+        self._moments = self._moments._replace(longest=mark["longest"])
 
     def _begin_again(self, reach):
         """With a wider reach, and the same steps: only which neurons have rows changes."""
@@ -3468,44 +3693,43 @@ class _Lazy(_ByCounts):
         again.operations = again.looked_at = again.flips = 0
         again._begin(*self._begun, _to_nobody, reach=reach)
         for sums in self._path:
-            if again._is_full():
-                again._forget()
-            again._go_to(sums)
-            again._look_around()
+            again._travel_to(sums)
         again._path = self._path
-        again._open = {**self._open, "looks": len(again._ledger.looks)}
+        state = self.outputs, self.counts, again._own_counts, self.changing, self.flips
+        again._mark = {**self._mark, "state": state, "looks": len(again._ledger.looks)}
         again.operations += self.operations
         again.looked_at += self.looked_at
         for name in ("start", "outputs", "rounding", "counts", "changing", "flips"):
             setattr(again, name, getattr(self, name))
         vars(self).update(vars(again))  # one call, which no interrupt divides
 
-    def _forget(self):
-        """Looks at all neurons that move, so that earlier moments are not needed any more."""
+    def _void(self):
         moving = self._live.rows["active"] > 0
         self._live.rows["slack"][moving] = self._live.certificates[moving] = -np.inf
-        self._look_around()
-        self._forget_moments()
 
-    def _look_around(self):
+    def _find_flips(self):
         """Looks where a pair may have flipped, and where a row was too short for that once more."""
-        if self._look():
+        outputs, tally, short = self._look()
+        if short:
             # All at -inf have just been looked at: those that still are had too small a margin.
-            self._place_anew(np.flatnonzero(self._live.certificates == -np.inf))
-            self._look()
+            operations = self._place_anew(np.flatnonzero(self._live.certificates == -np.inf))
+            more, again, _ = self._look()
+            outputs, tally = outputs + more, tally + again + [0, operations, 0, 0]
+        return outputs, tally
 
     def _look(self):
-        """Looks at the neurons whose certificates ran out and whose slack is used up; returns how
-        many rows are too short."""
-        n, edges = len(self.X), _edges(self.live.size)
-        outputs, tally = np.zeros((CHUNKS, n)), np.zeros((CHUNKS, 4), np.int64)
+        """Looks at the neurons whose certificates ran out and whose slack is used up. Returns what
+        their flips add to the outputs; neurons looked at, operations, flips and the change of how
+        many move; and how many rows are too short."""
+        n, edges, ones = len(self.X), _edges(self.live.size), self._ones_now
+        outputs, tally = np.zeros((CHUNKS, 2, n), np.int64), np.zeros((CHUNKS, 4), np.int64)
         partial_counts = _counts_of_threads(n)
         pieces = self._ledger.open(self._sums)
 
         def of_share(thread, low, high):
             flips, count = np.empty(self._used, FLIP), np.zeros(1, np.int64)  # one a pair at most
             pieces[low] = flips, count  # from now on undo() knows of them
-            where = self._live, self._geometry, self._moments, edges[low : high + 1]
+            where = self._live, self._geometry, self._moments, ones, edges[low : high + 1]
             found = flips, count, partial_counts[thread]
             _look(*where, outputs[low:high], tally[low:high], *found)
             flips.resize(count[0], refcheck=False)  # gives back what was not written, or even taken
@@ -3514,18 +3738,14 @@ class _Lazy(_ByCounts):
         flips = sum(int(count[0]) for _, count in filter(None, pieces))
         if flips:
             change = partial_counts.sum(axis=0, dtype=np.int32)
-            self.counts = self.counts + (change + change.T) // 2
-            self.outputs = self.outputs + outputs.sum(axis=0)
+            self._own_counts = self._own_counts + (change + change.T) // 2
         looked_at, moving, short, operations = map(int, tally.sum(axis=0))
-        self.looked_at += looked_at
-        self.operations += operations + self.live.size
-        self.changing += moving
-        self.flips += flips
-        return short
+        tally = np.array([looked_at, operations + self.live.size, flips, moving])
+        return outputs.sum(axis=0), tally, short
 
     def _place_anew(self, short):
-        """Makes rows anew that have used up their margins."""
-        for neurons in self._batches(short):
+        """Makes rows anew that have used up their margins; returns the operations."""
+        for neurons in self._batches(short, self._together):
             products = self._all_products(neurons)
             rows = self._live.rows[neurons]
             ends = np.cumsum(rows["count"])
@@ -3536,27 +3756,24 @@ class _Lazy(_ByCounts):
             active = np.zeros(products.shape, bool)
             active[np.repeat(np.arange(neurons.size), np.diff(offsets)), points] = True
             self._place(neurons, products, active, margins)
-            self.operations += products.size * self.X.shape[1]
         self.placed_anew += short.size
+        return short.size * self.X.size
 
     def _all_products(self, neurons):
         """Products (k, n) of some neurons as they are now, from their weights."""
         with _one_blas_thread():
             return self._weights(neurons) @ self.X.T
 
-    def _batches(self, neurons):
-        """Parts of a list of neurons, small enough for all products of each."""
-        size = max(1, (1 << 22) // len(self.X))
-        return np.split(neurons, range(size, neurons.size, size)) if neurons.size else []
+    @property
+    def _together(self):
+        """Neurons whose products with all points are made at once."""
+        return max(1, (1 << 22) // len(self.X))
 
-    def _active_outputs(self):
-        """The outputs, from the products of active pairs."""
-        where = self._live, self._geometry, self._moments
-        size, work, n = self.live.size, 4 * self._used, len(self.X)
-        outputs = _sum_over_chunks(_add_active_outputs, size, n, work, *where)
-        if self._left_out:  # which began as pairs that cancel, and are linear
-            outputs -= (self.XXt * (self._clear_counts / self.width)) @ self._sums
-        return outputs
+    def _own_outputs(self):
+        """From the products of active pairs."""
+        where = self._live, self._geometry, self._moments, self._ones_now
+        size, work = self.live.size, 4 * self._used
+        return _sum_over_chunks(_add_active_outputs, size, self._no_outputs, work, *where)
 
     def gathered(self, order):
         """The active sets of some neurons, named by where they stand in `order`."""
@@ -3566,9 +3783,13 @@ class _Lazy(_ByCounts):
 
     @property
     def clear(self):
-        """The clear neurons that have no rows; None if there are none."""
+        """The clear neurons that have no rows; None if all have."""
         left_out = self._left_out
-        return _Clear(left_out, self._sieve, self._sums.copy()) if left_out else None
+        return _Clear(left_out, self._sieve, self._sums.copy()) if self._is_lean else None
+
+    @property
+    def _is_lean(self):
+        return self._sieve.wanted == NEAR
 
     def _weights(self, neurons):
         if self._vectors is None:
@@ -3611,12 +3832,13 @@ class _Lazy(_ByCounts):
         outside = np.where(in_row, -np.inf, excess + margin[:, None])
         assert np.all(outside <= tolerance), "a product within the margin is not in the row"
 
-        assert self.n_live == self.live.size + self._left_out, "neurons are lost"
+        alone = self.start.ranks.size == 1
+        assert not alone or self.n_live == self.live.size + self._left_out, "neurons are lost"
         counts = active.T.astype(int) @ active + self._clear_counts
-        assert np.array_equal(self.counts, counts), "counts are wrong"
+        assert np.array_equal(self._own_counts, counts), "counts are wrong"
         moving = k > 0
-        moving_ones = moving.sum() + self._left_out
-        assert self.changing == moving_ones, "the number of neurons that move is wrong"
+        right = self.changing == moving.sum() + self._left_out
+        assert right or not alone, "the number of neurons that move is wrong"
         # How much further a neuron can travel before it is looked at.
         left = k * (np.where(moving, certificates, 0.0) - self._moments.distance)
         ahead = np.maximum(rows["slack"] - np.where(k == 1, along, travel), left)
@@ -3629,7 +3851,7 @@ class _Lazy(_ByCounts):
         change = np.where((k == 1)[:, None], of_single, of_travel)
         safe = (change <= np.abs(excess) + tolerance) | ~moving[:, None]
         assert np.all(safe), "a pair can flip before its certificate ends"
-        late = certificates[moving] < self._moments.distance * (1.0 - 1e-13)
+        late = certificates[moving] < self._looked_until * (1.0 - 1e-13)
         assert not late.any(), "a certificate is late"
 
 
@@ -3765,14 +3987,11 @@ def _decide(products, weights, geometry, words, least, slack):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _flips_in_words(was, now, weights, scales, geometry):
-    """Points of the pairs that are active in one of `was` and `now` only, neuron by neuron, and
-    what each adds to the outputs."""
-    X, shift, count = geometry.X, geometry.shift, np.uint64(0)
-    for q in range(len(was)):
-        for z in range(was.shape[1]):
-            count += _population(was[q, z] ^ now[q, z])
-    points, changes, found = np.empty(count, np.int64), np.empty(count), 0
+def _flips_in_words(was, now, weights, scales, geometry, ones):
+    """How many pairs are active in one of `was` and `now` only, and what they add to the outputs,
+    in whole numbers (2, n)."""
+    X, shift, found = geometry.X, geometry.shift, 0
+    sums = np.zeros((2, len(X)), np.int64)
     for q in range(len(was)):
         for z in range(was.shape[1]):
             flipped = was[q, z] ^ now[q, z]
@@ -3780,11 +3999,10 @@ def _flips_in_words(was, now, weights, scales, geometry):
                 bit = flipped & ~(flipped - np.uint64(1))
                 i = 64 * z + _first_bit(flipped)
                 excess = _dot(weights[q], X[i]) - shift
-                points[found] = i
-                changes[found] = scales[q] * (excess if now[q, z] & bit else -excess)
+                _add_whole(sums, i, scales[q] * (excess if now[q, z] & bit else -excess), ones)
                 flipped ^= bit
                 found += 1
-    return points, changes
+    return found, sums
 
 
 @njit(nogil=True)
@@ -3826,8 +4044,9 @@ def _count_bits(words, active):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _add_outputs_in_words(packed, signs, geometry, moments, edges, outputs):
-    """Adds to outputs[chunk] the outputs of the neurons edges[chunk], ..., edges[chunk + 1] - 1."""
+def _add_outputs_in_words(packed, signs, geometry, moments, ones, edges, outputs):
+    """Adds to outputs[chunk], in whole numbers, the outputs of the neurons edges[chunk], ...,
+    edges[chunk + 1] - 1."""
     X, shift, unit = geometry.X, geometry.shift, geometry.unit
     here, (n, d) = moments.now - moments.first, X.shape
     points, factors, excess, w = np.empty(n, np.uint32), np.empty(n), np.empty(n), np.empty(d)
@@ -3841,7 +4060,7 @@ def _add_outputs_in_words(packed, signs, geometry, moments, edges, outputs):
             excess[:k] = -shift
             _move_through_weights(points, excess, 0, k, X, w)
             for a in range(k):
-                outputs[chunk, points[a]] += unit * signs[q] * excess[a]
+                _add_whole(outputs[chunk], points[a], unit * signs[q] * excess[a], ones)
 
 
 class _InWords(_ByCounts):
@@ -3857,40 +4076,42 @@ class _InWords(_ByCounts):
         _check_memory(what, width * (16 * X.shape[1] + len(X) // 4), "use fewer neurons")
 
     def _begin(self, y, moved, news, report):
-        (n, d), shift = self.X.shape, self.shift
-        self._geometry = Geometry.of(self.X, self.XXt, shift, self.width)
-        self._moments = Moments(0, 0, np.zeros((MOMENTS, n)), 0.0)
+        n, d = self.X.shape
+        self._open(max(self.start.longest, moved.longest))
         self._X32, self._log = self.X.astype(np.float32), []
-        moves = moved.numbers.size > 0
         if news and self.start.law is not None and not self.start.law.seen:
             moved, news = _with_live_pairs(moved, self.start, report), False
+        self.live = moved.numbers
+        every = np.arange(self.live.size)
         with _one_blas_thread():
-            found = [self._live_of(moved.numbers, moved.weights.astype(float), moved.signs, True)]
+            found = [self._live_of(*(array[:0] for array in moved[:3]), True)]
+            for part in self._batches(every, self.width):
+                of_part = (array[part] for array in moved[:3])
+                found.append(self._live_of(*of_part, True))
         if news or self.start.law is None:
             work = partial(self._of_block, moved.numbers)
             found += self.start.blocks(work, moved.numbers, report)
         self.live, self.signs, *arrays = map(np.concatenate, zip(*found, strict=True))
         self._packed = Packed(*arrays, looked=np.zeros(self.live.size, np.int64))
         self.n_live = self.live.size
-        self.counts = np.zeros((n, n), np.int32)
-        copies = 1 if moves else self.start.copies  # twins begin alike
-        _add_coactivity(self._by_point(self._packed.words[::copies]), self.counts, copies)
-        self.changing = np.count_nonzero(self._packed.active)
-        if moves or self.start.init == "gaussian":
-            self.settle()
-        else:
-            self.outputs = np.zeros(n)  # antisymmetric pairs cancel
+        self._own_counts = np.zeros((n, n), np.int32)
+        copies = 1 if moved.anywhere else self.start.copies  # twins begin alike
+        _add_coactivity(self._by_point(self._packed.words[::copies]), self._own_counts, copies)
+        changing = np.count_nonzero(self._packed.active)
+        cancel = self.start.init == "antisymmetric" and not moved.anywhere
+        outputs = self._no_outputs if cancel else self._own_outputs()
+        self._add_up(outputs, changing, 0, 0)
         self.looked_at += self.width
         self.operations += self.width * n * (d + 1)
 
     def _of_block(self, moved, *block):
-        numbers, vectors, signs = _unmoved(moved, *block)
-        return self._live_of(numbers, vectors.astype(float), signs, False)
+        return self._live_of(*_unmoved(moved, *block), False)
 
     def _live_of(self, numbers, weights, signs, all_of_them):
         """Of neurons whose vectors are `weights`, numbers[k] being the first that has vector k and
         signs (k,) or (k, copies): numbers, signs and what Packed holds of the live ones, or of
         `all_of_them`."""
+        weights = weights.astype(float)
         size, copies = len(weights), signs.size // max(len(weights), 1)
         words = np.empty((size, -(-len(self.X) // 64)), np.uint64)
         active, slack = np.empty(size, np.int64), np.empty(size)
@@ -3920,51 +4141,43 @@ class _InWords(_ByCounts):
 
     def mark(self):
         self._log = []  # (neurons, what Packed held of them), in the order of time
-        state = self.outputs, self.counts, self.changing, self.flips, self._moments
-        return {"state": state, "log": self._log}
+        counts, numbers = (self.counts, self._own_counts), (self.changing, self.flips)
+        return {"state": (self.outputs, counts, numbers, self._moments), "log": self._log}
 
     def undo(self, mark):
         for neurons, held in reversed(mark["log"]):
             for array, before in zip(self._packed, held, strict=True):
                 array[neurons] = before
-        self.outputs, self.counts, self.changing, self.flips, self._moments = mark["state"]
+        self.outputs, counts, numbers, self._moments = mark["state"]
+        (self.counts, self._own_counts), (self.changing, self.flips) = counts, numbers
 
     def _remember(self, neurons):
         """Before something of these neurons is overwritten."""
         self._log.append((neurons, Packed(*(array[neurons] for array in self._packed))))
 
-    def _forget(self):
-        """Moves all weights, so that earlier moments are not needed any more."""
-        everybody = np.arange(self.live.size)
-        self._remember(everybody)
+    def _void(self):
+        self._remember(np.arange(self.live.size))
         self._packed.slack[:] = self._packed.certificates[:] = -np.inf
-        _move_weights(self._packed, self.signs, self._geometry, self._moments, everybody)
-        self._forget_moments()
 
-    def _look_around(self):
+    def _find_flips(self):
         """Looks at the neurons whose certificates ran out and whose slack is used up."""
         late = np.flatnonzero(self._packed.certificates <= self._moments.distance)
-        work = late.size * len(self.X) * 4
-        together = _together(len(self.X))
-        parts = [late[low : low + together] for low in range(0, late.size, together)]
-        self.operations += self.live.size
-        if not parts:
-            return
+        parts = self._batches(late, _together(len(self.X)))
         with _one_blas_thread():
-            found = _map_in_threads(self._look, parts, work)
-        operations, looked_at, was, now, points, changes = zip(*found, strict=True)
-        self.operations += sum(operations)
-        self.looked_at += sum(looked_at)
-        points, changes = np.concatenate(points), np.concatenate(changes)
-        if points.size:
-            self.outputs = self.outputs + np.bincount(points, changes, len(self.X))
-            self.counts = self._counts_after(was, now)
-            self.changing = np.count_nonzero(self._packed.active)
-            self.flips += points.size
+            found = _map_in_threads(self._look, parts, late.size * len(self.X) * 4)
+        tally = np.array([0, self.live.size, 0, 0])
+        if not found:
+            return self._no_outputs, tally
+        outputs, tallies, was, now = zip(*found, strict=True)
+        tally += sum(tallies)
+        if tally[2]:
+            self._own_counts = self._counts_after(was, now)
+        return sum(outputs), tally
 
     def _look(self, neurons):
-        """Operations, how many of some neurons had to be looked at, the words before and now of
-        those that have flips, the points that flipped and what each adds to the outputs."""
+        """What the flips of some neurons add to the outputs; how many neurons had to be looked at,
+        operations, flips and the change of how many move; the words before and now of those that
+        have flips."""
         packed, signs = self._packed, self.signs
         self._remember(neurons)
         where = self._geometry, self._moments
@@ -3976,27 +4189,30 @@ class _InWords(_ByCounts):
         left = (self._moments.distance + slack / np.maximum(active, 1) * CAUTION) * CAUTION
         packed.certificates[neurons] = np.where(active > 0, left, np.inf)
         scales = signs[neurons] * self._geometry.unit
-        flips = _flips_in_words(was, now, weights, scales, self._geometry)
+        where = weights, scales, self._geometry, self._ones_now
+        flips, outputs = _flips_in_words(was, now, *where)
         flipped = (was != now).any(axis=1)
+        was, now = was[flipped], now[flipped]
+        changing = np.count_nonzero(now.any(axis=1)) - np.count_nonzero(was.any(axis=1))
         operations += neurons.size * self.X.size
-        return operations, neurons.size, was[flipped], now[flipped], *flips
+        return outputs, np.array([neurons.size, operations, flips, changing]), was, now
 
     def _counts_after(self, was, now):
         """C after words of some neurons have changed: from these, or from all words if they are
         most."""
         if 2 * sum(map(len, was)) > self.live.size:
-            counts = np.zeros_like(self.counts)
+            counts = np.zeros_like(self._own_counts)
             _add_coactivity(self._by_point(self._packed.words), counts)
         else:
-            counts = self.counts.copy()
+            counts = self._own_counts.copy()
             _add_coactivity(self._by_point(np.concatenate(was)), counts, -1)
             _add_coactivity(self._by_point(np.concatenate(now)), counts)
         return counts
 
-    def _active_outputs(self):
-        where = self._packed, self.signs, self._geometry, self._moments
-        work = 4 * self.nnz
-        return _sum_over_chunks(_add_outputs_in_words, self.live.size, len(self.X), work, *where)
+    def _own_outputs(self):
+        where = self._packed, self.signs, self._geometry, self._moments, self._ones_now
+        size, work = self.live.size, self._packed.words.size * 16
+        return _sum_over_chunks(_add_outputs_in_words, size, self._no_outputs, work, *where)
 
     def gathered(self, order):
         """The active sets of some neurons, named by where they stand in `order`."""
@@ -4023,8 +4239,9 @@ class _InWords(_ByCounts):
         assert np.all((active == (excess >= 0)) | doubtful), "an active pair is missed or made up"
         k = active.sum(axis=1)
         assert np.array_equal(packed.active, k), "the number of active points is wrong"
-        assert np.array_equal(self.counts, active.T.astype(int) @ active), "counts are wrong"
-        assert self.changing == np.count_nonzero(k), "the number of neurons that move is wrong"
+        assert np.array_equal(self._own_counts, active.T.astype(int) @ active), "counts are wrong"
+        right = self.changing == np.count_nonzero(k)
+        assert right or self.start.ranks.size > 1, "the number of neurons that move is wrong"
         moved = np.linalg.norm(weights - packed.weights, axis=1)
         left = np.maximum(packed.slack - moved, k * (packed.certificates - self._moments.distance))
         safe = left[:, None] <= np.abs(excess) + tolerance
@@ -4190,8 +4407,10 @@ SAVED = (
 
 def _save(trainer, path):
     """Writes a trainer as an npz file without pickled objects, whose checksums notice damage."""
-    network, scales = trainer._trained_network(), trainer._scales
+    network, scales = trainer._trained_network().everywhere(), trainer._scales
     start = network.start
+    if trainer._ranks.rank > 0:
+        return
     arrays = {
         "X": trainer._X,
         "y": trainer._y,
@@ -4222,7 +4441,7 @@ def _save(trainer, path):
     about = {
         "format": FORMAT,
         "unit": trainer._unit,
-        "params": {**trainer.get_params(), **drawn, "callback": None},
+        "params": {**trainer.get_params(), **drawn, "callback": None, "comm": None},
         "lift": scales.lift,
         "normalize": scales.normalize,
         "feature_names": list(getattr(trainer, "feature_names_in_", [])),
@@ -4301,7 +4520,7 @@ def _restored(kind, about, arrays):
         else None
         for name in "xy"
     )
-    start = _Start(trainer.random_state, trainer.width, X.shape[1], trainer.init)
+    start = _Start(trainer.random_state, trainer.width, X.shape[1], trainer.init, _Ranks())
     if "law_points" in arrays:
         points = _check_matrix("law_points", arrays["law_points"])
         stages = tuple(np.split(points, arrays["law_stages"][:-1]))
@@ -4318,7 +4537,9 @@ def _restored(kind, about, arrays):
         with _one_blas_thread():
             geometry = Geometry.of(X, X @ X.T, about["shift_"], start.width)
         clear = _Clear(int(arrays["clear_count"]), _Sieve(start, geometry, pull, NEAR), sums)
-    network = _Network(start, about["shift_"], live, signs.astype(float), weights, clear)
+    live, signs, weights = _in_order(live, signs.astype(float), weights)
+    longest = max(_longest(weights), start.longest) + (0.0 if clear is None else clear.pulled)
+    network = _Network(start, about["shift_"], live, signs, weights, longest, clear)
     vars(trainer).update(
         {name: about[name] for name in SAVED},
         _scales=_Scales(x_standard, y_standard, about["lift"], about["normalize"]),
@@ -4411,11 +4632,12 @@ class _Progress:
     """What fit tells while it runs: nothing, lines (verbose=1), or bars (verbose=2, where tqdm is
     installed)."""
 
-    def __init__(self, verbose, max_iter):
-        self.verbose, self._tqdm = verbose, None
+    def __init__(self, verbose, max_iter, ranks):
+        self.verbose, self._tqdm = verbose if ranks.rank == 0 else 0, None
+        self.ranks, self.asks = ranks, True  # whether some rank has a callback
         self.over = False  # whether fit has ended
         self.error_state = np.geterr()  # of the caller, for the callback
-        if verbose == 2:
+        if self.verbose == 2:
             with suppress(ImportError):
                 from tqdm import tqdm
 
@@ -4424,6 +4646,7 @@ class _Progress:
 
     def drawn(self, share):
         """Told the share of neurons drawn: shown about once a second."""
+        self.ranks.raise_interrupt()
         now = time.perf_counter()
         due = now - self._last > 1.0 or (self._bar is not None and share == 1.0)
         if self.verbose and due:
@@ -4584,6 +4807,7 @@ class SublinearTrainer:
         warm_start=False,
         callback=None,
         verbose=0,
+        comm=None,
     ):
         self.width = width
         self.shift = shift
@@ -4604,6 +4828,7 @@ class SublinearTrainer:
         self.warm_start = warm_start
         self.callback = callback
         self.verbose = verbose
+        self.comm = comm
 
     def fit(self, X, y):
         """Trains on X (n, d) and y (n,), neither of which is modified. Returns self.
@@ -4612,23 +4837,35 @@ class SublinearTrainer:
         any other exception, leaves the network at the last whole step, ready for use, and goes on
         to the caller.
         """
-        progress = _Progress(self.verbose, self.max_iter)
-        with np.errstate(all="ignore"):
-            self._fit(X, y, progress)
+        ranks = self._ranks
+        progress = _Progress(self.verbose, self.max_iter, ranks)
+        with np.errstate(all="ignore"), ranks.together():
+            self._fit(X, y, ranks, progress)
         return self
 
-    def _fit(self, X, y, progress):
+    @property
+    def _ranks(self):
+        """The processes that `comm` names."""
+        ranks = _Ranks(_check_comm(self.comm))
+        if not hasattr(self, "history_"):
+            return ranks
+        start = self._network.start if self._search is None else self._search.start
+        return start.ranks if start.ranks.comm is ranks.comm else ranks
+
+    def _fit(self, X, y, ranks, progress):
         shift = self._check_options()
         goes_on = self.warm_start and hasattr(self, "history_")
         given, X = X, (_check_features(X, self) if goes_on else _check_matrix("X", X))
         y = _check_targets(y, len(X))
         self._check_sketch_size(len(X))
+        seed = None if goes_on else _seed(self.random_state)
+        seed, progress.asks = self._agree(X, y, seed, ranks)
         try:
             if goes_on:
-                self._go_on(X, y, shift, progress)
+                self._go_on(X, y, shift, ranks, progress)
                 stopped = False
             else:
-                self._begin(X, y, shift, _feature_names(given), progress)
+                self._begin(X, y, shift, _feature_names(given), seed, ranks, progress)
                 stopped = self._tell(progress)
             first, start = len(self.history_), self._system
             ended = BY_CALLBACK if stopped else self._train(progress)
@@ -4644,9 +4881,26 @@ class SublinearTrainer:
         if not self.converged_ and ended != BY_CALLBACK and self.max_iter > 0:
             self._warn(ended, [start, *(told["system_residual"] for told in self.history_[first:])])
 
-    def _begin(self, X, y, shift, names, progress):
+    def _agree(self, X, y, seed, ranks):
+        """Makes sure that all ranks fit the same; returns the seed of all, and whether any of them
+        has a callback."""
+        if ranks.size == 1:
+            return seed, self.callback is not None
+        same = {"X": X, "y": y, **self.get_params()}
+        for name in ("comm", "callback", "verbose"):
+            del same[name]
+        same["random_state"] = None if self.random_state is None else seed
+        if hasattr(self, "history_") and self.warm_start:
+            told = [[record[key] for key in ("residual", "flips")] for record in self.history_]
+            same["the network of the last fit"] = told, self.shift_, self._dual.tobytes()
+        ranks.agree(same)
+        seeds, asks = ranks.gather(np.array([seed or 0], np.uint64), [self.callback is not None])
+        ranks.lengthen(2 * len(X) + len(X) ** 2 + 4)
+        return int(seeds[0]), bool(asks.any())
+
+    def _begin(self, X, y, shift, names, seed, ranks, progress):
         """A new network."""
-        begin, seed, n_features = time.perf_counter(), _seed(self.random_state), X.shape[1]
+        begin, n_features = time.perf_counter(), X.shape[1]
         scales = _Scales.of(X, y, self.normalize)
         X, y = scales.unit_rows(X), scales.targets(y)
         d, unreachable = X.shape[1], self._unreachable_part(X, y)
@@ -4656,8 +4910,8 @@ class SublinearTrainer:
         if self.draw != "all" and self.init == "antisymmetric" and not often:
             law = _Law((X,), shift)
             law = law if law.rate <= HIGHEST_RATE else None
-        start = _Start(seed, int(self.width), d, self.init, law)
-        moved = _Moved(np.zeros(0, np.int64), np.zeros((0, d), np.float32), np.zeros(0))
+        start = _Start(seed, int(self.width), d, self.init, ranks, law)
+        moved = _Moved(NOBODY, np.zeros((0, d), np.float32), np.zeros(0), 0.0)
         fitted = self._problem(X, y, unreachable, shift, start, moved, True, progress)
         fitted |= {"_dual": np.zeros(len(y)), "_unit": fitted["_search"].mean_diagonal}
         fitted |= {"_scales": scales, "shift_": shift, "_enough": enough}
@@ -4672,7 +4926,7 @@ class SublinearTrainer:
         kept = {name: value for name, value in vars(self).items() if name != "feature_names_in_"}
         self.__dict__ = {**kept, **fitted}
 
-    def _go_on(self, X, y, shift, progress):
+    def _go_on(self, X, y, shift, ranks, progress):
         """The weights as they are, perhaps other points, targets or methods."""
         self._roll_back()
         begin, scales, search = time.perf_counter(), self._scales, self._search
@@ -4688,6 +4942,11 @@ class SublinearTrainer:
                     f"{name} must stay {before!r} for warm_start=True to go on with the network, "
                     f"got {now!r}; use warm_start=False to begin anew"
                 )
+        if start.ranks.size > 1 and start.ranks is not ranks:
+            raise ValueError(
+                "comm must stay the same for warm_start=True to go on with neurons that are spread "
+                "over its ranks; save the network, and load it before you set another"
+            )
         X, y = scales.unit_rows(X), scales.targets(y)
         unreachable = self._unreachable_part(X, y)
         same_points = np.array_equal(X, self._X)
@@ -4696,17 +4955,16 @@ class SublinearTrainer:
             and search.dtype == self.dtype
             and (search.clear is None or SOLVERS[self.solver] not in (_Sketch, _Richardson))
             and same_points
+            and start.ranks is ranks
         ):
             fitted = {"_y": y, "_unreachable": unreachable}
         else:
-            network = self._trained_network().whole()
-            rows = np.argsort(network.live)
-            moved = _Moved(*(a[rows] for a in (network.live, network.weights, network.signs)))
-            news = True
+            news, start = True, start._replace(ranks=ranks)
             if start.law is not None:
                 law = start.law.with_points(X)
                 news = law is not start.law
                 start = start if start.law.seen else start._replace(law=law)
+            moved = _Moved.of(self._trained_network(), start)
             fitted = self._problem(X, y, unreachable, self.shift_, start, moved, news, progress)
             search = fitted["_search"]
         if not same_points:
@@ -4898,7 +5156,8 @@ class SublinearTrainer:
         progress.step(self.history_[-1])
         with np.errstate(**progress.error_state):
             answer = self.callback(self.history_[-1]) if self.callback else None
-        return isinstance(answer, (bool, np.bool_)) and bool(answer)
+        stops = isinstance(answer, (bool, np.bool_)) and bool(answer)
+        return bool(progress.ranks.sum(np.array([stops]))[0][0]) if progress.asks else False
 
     def _warn(self, ended, residuals):
         """Says why training has ended above tol, and what to change; `residuals` are those at the
@@ -4944,6 +5203,8 @@ class SublinearTrainer:
             )
         else:
             remedy = f"it has stopped falling; {wider}, for more active neurons{noisy}"
+        if self._ranks.rank > 0:
+            return
         warnings.warn(
             f"relative residual {of}{reached:.2e} after {self.n_iter_} steps is above "
             f"tol={self.tol:g}: {remedy}",
@@ -4960,8 +5221,11 @@ class SublinearTrainer:
         wide network those of live ones that it does not hold, O(n d) each.
         """
         network = self._trained_network()
-        X = self._scales.unit_rows(_check_features(X, self))
-        return self._scales.outputs(network.outputs(X))
+        with network.start.ranks.together() as ranks:
+            X = self._scales.unit_rows(_check_features(X, self))
+            ranks.agree({"X": X})
+            ranks.lengthen(2 * len(X))
+            return self._scales.outputs(network.outputs(X))
 
     @_quiet
     def score(self, X, y, sample_weight=None):
@@ -4996,7 +5260,8 @@ class SublinearTrainer:
         Once it has shown dead neurons they are fixed: a later fit on other points may wake them,
         but not draw them anew. Raises MemoryError if the weights do not fit."""
         network = self._trained_network()
-        weights = network.all_weights()
+        with network.start.ranks.together():
+            weights = network.everywhere().all_weights()
         self._remember_seen(network)
         return weights
 
@@ -5022,7 +5287,10 @@ class SublinearTrainer:
 
     def _active_sets(self):
         network = self._trained_network()
-        return network.active_sets(self._X) if self._search is None else self._search.active_sets()
+        if self._search is None:
+            return network.active_sets(self._X)
+        with network.start.ranks.together():
+            return self._search.active_sets()
 
     @_quiet
     def _trained_network(self):
@@ -5052,7 +5320,11 @@ class SublinearTrainer:
         Makes the weights: m d numbers, O(n m d). A product within rounding of the threshold may
         count as either.
         """
-        W, signs = self._trained_network().all_weights(), self.signs_
+        network = self._trained_network()
+        with network.start.ranks.together():
+            W, signs = network.everywhere().all_weights(), self.signs_
+            if self._search is not None:
+                self._search.check()
         X, shift = self._X, self.shift_
         active = self._active_sets()
         single = self.dtype == "float32" and self.search != "lazy"
@@ -5077,8 +5349,6 @@ class SublinearTrainer:
         error = abs(residual - self.residual_)
         tolerance *= 10 * (1.0 + residual) + 1e-3 * size
         assert error <= tolerance, "the residual is not that of the weights"
-        if self._search is not None:
-            self._search.check()
 
     def save(self, path):
         """Writes the trained network to the file `path`, an npz without pickled objects.
@@ -5088,9 +5358,9 @@ class SublinearTrainer:
         moment leaves the old file or the new one, whole. A callback is not saved, and of
         random_state its seed.
         """
-        self._trained_network()
-        self._check_options()  # which may have been set since, and load will check them
-        _save(self, path)
+        with self._trained_network().start.ranks.together():
+            self._check_options()  # which may have been set since, and load will check them
+            _save(self, path)
 
     @classmethod
     def load(cls, path):
@@ -5105,7 +5375,10 @@ class SublinearTrainer:
         if not hasattr(self, "history_"):
             return vars(self)
         network = self._trained_network()
-        return {**vars(self), "_network": network, "_search": None, "_unfinished": None}
+        with network.start.ranks.together() as ranks:
+            network = network.everywhere()
+        held = {"_network": network, "_search": None, "_unfinished": None}
+        return {**vars(self), **held, "comm": self.comm if ranks.size == 1 else None}
 
     def get_params(self, deep=True):
         """Constructor arguments by name."""
@@ -5189,6 +5462,11 @@ class SublinearTrainer:
         _check_integer("max_iter", self.max_iter, 0)
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback must be callable, got {self.callback!r}")
+        if self._ranks.size > 1 and self.search != "lazy":
+            raise ValueError(
+                f'search="{self.search}" keeps to one process; use search="lazy" with a comm of '
+                f"{self._ranks.size} ranks"
+            )
         paper = default_shift(self.width, self.alpha)
         shift = _check_real_or(("auto", "paper"), "shift", self.shift)
         return paper if shift in ("auto", "paper") else shift
@@ -5556,6 +5834,16 @@ def _check_csr(indptr, indices, n, m):
     return indptr, indices
 
 
+def _check_comm(comm):
+    lacking = [name for name in COMM if comm is not None and not hasattr(comm, name)]
+    if lacking:
+        raise TypeError(
+            f"comm must be an mpi4py communicator, but {type(comm).__name__} has no {lacking[0]}; "
+            "pass MPI.COMM_WORLD, or None for one process"
+        )
+    return comm
+
+
 def _check_jacobian(J):
     if not isinstance(J, SparseJacobian):
         raise TypeError(f"J must be a SparseJacobian, got {type(J).__name__}")
@@ -5676,10 +5964,10 @@ def _map_in_threads(task, items, work):
     return [found for share in _in_threads(of_share, work) for found in share]
 
 
-def _sum_over_chunks(kernel, size, n, work, *arguments):
-    """The sum (n,) of what kernel(*arguments, edges, totals) adds to the rows of totals, one for
-    each chunk of so many items, which `edges` divide."""
-    edges, totals = _edges(size), np.zeros((CHUNKS, n))
+def _sum_over_chunks(kernel, size, total, work, *arguments):
+    """The sum of what kernel(*arguments, edges, totals) adds to the rows of totals, one for each
+    chunk of so many items, which `edges` divide; each row is as `total`, all zeros, is."""
+    edges, totals = _edges(size), np.zeros((CHUNKS, *total.shape), total.dtype)
 
     def of_share(_, low, high):
         kernel(*arguments, edges[low : high + 1], totals[low:high])
@@ -5734,6 +6022,178 @@ def _one_blas_thread():
         except BaseException:  # an interrupt: once more
             _release_blas(user)
             raise
+
+
+# ==================================================================================================
+# Ranks: processes that share the neurons of one network
+# ==================================================================================================
+
+# What is asked of a communicator, which mpi4py's have.
+COMM = "Allreduce", "Allgather", "rank", "size"
+
+# What a rank can tell of an error, in bytes.
+TEXT = 1000
+
+
+class _Ranks:
+    """The processes of a communicator, this one's number among them being `rank`. Without a
+    communicator, or with one of a single process, nothing is sent.
+
+    What they do together is in stretches, together(), in which each sends the same messages. The
+    next message of every rank is always a sum of `_length` integers, of which the first counts
+    ranks that have failed: whoever fails sends that instead, so that nobody waits for it. Other
+    kinds of messages follow such a sum. Interrupts by SIGINT wait for the next message, too.
+    """
+
+    def __init__(self, comm=None):
+        self.comm = None if comm is None or comm.size == 1 else comm
+        self.rank, self.size = (0, 1) if self.comm is None else (comm.rank, comm.size)
+        self._length = 0  # of the next message: 0 outside of such stretches
+        self._interrupted, self._told = False, None  # the error that all ranks have been told of
+
+    def share(self, count):
+        """Which of `count` blocks are this rank's."""
+        return range(self.rank, count, self.size)
+
+    @contextmanager
+    def together(self):
+        """A stretch that all ranks are in. Whatever ends it on one rank ends it on all."""
+        if self.size == 1:
+            yield self
+            return
+        outer = self._length
+        if outer:
+            self.sum()  # whoever has failed meanwhile sends what the outer stretch expects
+        try:
+            self._length = 2
+            with nullcontext() if outer else self._interrupts_noted():
+                try:
+                    yield self
+                    self.sum()  # all have come to the end
+                except BaseException as error:
+                    if error is not self._told:
+                        self._confess(error)
+                    raise
+        finally:
+            self._length = outer
+
+    @contextmanager
+    def _interrupts_noted(self):
+        """Notes interrupts, so that they are raised between messages only."""
+        self._interrupted = False
+
+        def note(*_):
+            self._interrupted = True
+
+        in_main = threading.current_thread() is threading.main_thread()
+        usual = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        try:
+            if usual:
+                signal.signal(signal.SIGINT, note)
+            yield
+        finally:
+            if usual:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def raise_interrupt(self):
+        """Raises the interrupt that has been noted, if any."""
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
+
+    def lengthen(self, numbers):
+        """From now on messages have room for so many numbers."""
+        self._length = numbers + 2
+
+    def sum(self, *arrays, alike=b""):
+        """Sums of arrays of integers over all ranks. `alike` are bytes that must be the same on
+        all."""
+        if self.size == 1:
+            return arrays
+        self.raise_interrupt()
+        own, total = np.zeros((2, self._length), np.int64)
+        own[1], first = zlib.crc32(alike), 2
+        for array in arrays:
+            own[first : first + array.size] = array.ravel()
+            first += array.size
+        self.comm.Allreduce(own, total)
+        if total[0]:
+            self._told = self._error_of_others()
+            raise self._told
+        if total[1] != self.size * own[1]:
+            raise RuntimeError(
+                "ranks have computed other bits from the same numbers; run all of them on machines "
+                "of one kind, with the same versions of NumPy and SciPy and as many BLAS threads"
+            )
+        ends = np.cumsum([2, *(array.size for array in arrays)])
+        parts = (total[low:high] for low, high in pairwise(ends))
+        return tuple(p.reshape(array.shape) for p, array in zip(parts, arrays, strict=True))
+
+    def gather(self, *arrays):
+        """The arrays of all ranks, one after the other."""
+        arrays = [np.asarray(array) for array in arrays]
+        if self.size == 1:
+            return arrays
+        self.sum()
+        lengths = np.empty((self.size, len(arrays)), np.int64)
+        self.comm.Allgather(np.array([len(array) for array in arrays]), lengths)
+        found = []
+        for array, sizes in zip(arrays, lengths.T, strict=True):
+            own = np.zeros((sizes.max(), *array.shape[1:]), array.dtype)
+            own[: len(array)] = array
+            every = np.empty((self.size, *own.shape), array.dtype)
+            self.comm.Allgather(own, every)
+            parts = (part[:size] for part, size in zip(every, sizes, strict=True))
+            found.append(np.concatenate(list(parts)))
+        return found
+
+    def agree(self, values):
+        """Raises ValueError on all ranks unless the values, by name, are the same on all."""
+        if self.size == 1:
+            return
+
+        def digest(value):
+            is_array = isinstance(value, np.ndarray)
+            text = (value.shape, value.tobytes()) if is_array else value
+            return int.from_bytes(
+                hashlib.blake2b(repr(text).encode(), digest_size=8).digest(), "little"
+            )
+
+        own = np.array([digest(value) for value in values.values()], np.uint64)
+        (every,) = self.gather(own[None])
+        for name, digests in zip(values, every.T, strict=True):
+            others = np.flatnonzero(digests != digests[0])
+            if others.size:
+                self._told = ValueError(
+                    f"{name} must be the same on all ranks, but rank {others[0]} has another than "
+                    f"rank 0; pass all of them the same"
+                )
+                raise self._told
+
+    def _confess(self, error):
+        """Tells the other ranks that this one has failed."""
+        own, total = np.zeros((2, self._length), np.int64)
+        own[0] = 1
+        self.comm.Allreduce(own, total)
+        self._texts(f"{type(error).__name__}|{error}")
+        self._told = error
+
+    def _texts(self, text):
+        """What every rank has to tell of its error; nothing where there is none."""
+        own, every = np.zeros(TEXT, np.uint8), np.zeros((self.size, TEXT), np.uint8)
+        told = text.encode()[:TEXT]
+        own[: len(told)] = list(told)
+        self.comm.Allgather(own, every)
+        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in every]
+
+    def _error_of_others(self):
+        """The error to raise on this rank because others have failed."""
+        texts = self._texts("")
+        rank = next(rank for rank, text in enumerate(texts) if text)
+        kind, _, text = texts[rank].partition("|")
+        kinds = {kind.__name__: kind for kind in (ValueError, TypeError, KeyboardInterrupt)}
+        text = f"rank {rank} was ended by {kind}{': ' if text else ''}{text}"
+        return kinds.get(kind, RuntimeError)(text)
 
 
 # ==================================================================================================

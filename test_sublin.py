@@ -754,7 +754,7 @@ def law_of(X, shift, width, seed=0, **law):
     """A start whose live pairs are drawn alone."""
     stages = law.pop("stages", (X,))
     rule = sublin._Law(stages, shift, **law)
-    return sublin._Start(seed, width, X.shape[1], "antisymmetric", rule)
+    return sublin._Start(seed, width, X.shape[1], "antisymmetric", sublin._Ranks(), rule)
 
 
 def live_pairs(start, known=sublin.NOBODY):
@@ -1169,7 +1169,7 @@ def test_without_that_check_flips_would_be_missed(monkeypatch):
         lean.check()
 
 
-@pytest.mark.parametrize("name", ["_begin", "_go_to", "_look_around", "_lay_out", "_forget"])
+@pytest.mark.parametrize("name", ["_begin", "_go_to", "_look_around", "_lay_out", "_void"])
 @pytest.mark.parametrize("after", [False, True], ids=["before its work", "after it"])
 def test_a_beginning_again_that_is_broken_off_changes_nothing(name, after, monkeypatch):
     monkeypatch.setattr(sublin, "REACH", 0.3)
