@@ -1946,10 +1946,10 @@ SOLVERS = {
 # ==================================================================================================
 #
 # Floating-point sums depend on who adds what first. Where neurons are spread over processes, sums
-# over them are of integers: a number x counts as round(x ones), and what that leaves out as an
-# integer too, FINER times as fine; `ones`, a power of two, is as large as a bound on all that can
-# be added allows. So every process gets the same bits, in whatever order and by whomever parts are
-# added.
+# over them are of integers: a number x counts as x ones without its fraction, and the fraction as
+# an integer too, FINER times as fine; `ones`, a power of two, is as large as a bound on all that
+# can be added allows. So every process gets the same bits, in whatever order and by whomever parts
+# are added.
 
 FINER = 2.0**30
 
@@ -1965,15 +1965,15 @@ def _ones(bound, width):
 @njit(inline="always")
 def _add_whole(sums, i, x, ones):
     """Adds x to entry i of sums (2, n) int64."""
-    whole = np.rint(x * ones)
-    sums[0, i] += np.int64(whole)
-    sums[1, i] += np.int64(np.rint((x * ones - whole) * FINER))
+    whole = np.int64(x * ones)
+    sums[0, i] += whole
+    sums[1, i] += np.int64((x * ones - np.float64(whole)) * FINER)
 
 
 def _to_whole(numbers, ones):
     """Numbers (n,) as such sums (2, n)."""
-    whole = np.rint(numbers * ones)
-    return np.stack([whole, np.rint((numbers * ones - whole) * FINER)]).astype(np.int64)
+    whole = np.trunc(numbers * ones)
+    return np.stack([whole, np.trunc((numbers * ones - whole) * FINER)]).astype(np.int64)
 
 
 def _from_whole(sums, ones):
@@ -2916,6 +2916,7 @@ def _look(live, geometry, moments, ones, edges, outputs, tally, flips, count, co
     d, found = X.shape[1], 0
     factors, w = np.empty(len(X)), np.empty(d)
     for chunk in range(edges.size - 1):
+        total = outputs[chunk]
         for q in range(edges[chunk], edges[chunk + 1]):
             if certificates[q] > distance:
                 continue
@@ -2944,7 +2945,6 @@ def _look(live, geometry, moments, ones, edges, outputs, tally, flips, count, co
                 tally[chunk, SHORT] += 1
                 continue
             begun = found
-            total = outputs[chunk]
             k, found = _flip(
                 points, products, first, size, k, scale, shift, q, flips, found, total, ones
             )
@@ -3495,11 +3495,15 @@ class _ByCounts(_Search):
         return self.flips - before
 
     def _batches(self, neurons, size):
-        """Parts of a list of neurons, `size` at most and of one block each, so that products which
-        BLAS makes of them together have the same bits on whatever rank the block is."""
+        """Slices of a list of neurons, `size` long at most and of one block each, so that products
+        which BLAS makes of them together have the same bits on whatever rank the block is."""
         edges = np.flatnonzero(np.diff(self.live[neurons] // self._unit)) + 1
-        blocks = np.split(neurons, edges)
-        return [some[low : low + size] for some in blocks for low in range(0, some.size, size)]
+        blocks = pairwise([0, *edges.tolist(), neurons.size])
+        return [
+            slice(low, min(low + size, end))
+            for first, end in blocks
+            for low in range(first, end, size)
+        ]
 
     @cached_property
     def _unit(self):
@@ -3622,8 +3626,7 @@ class _Lazy(_ByCounts):
         pairs = stack.arrays["points"], stack.arrays["products"]
         self._live = LiveRows(rows, arrays["certificates"], *pairs)
         moved_ones = np.arange(self._n_drawn, self.live.size)
-        for neurons in self._batches(moved_ones, self._together):
-            products = self._all_products(neurons)
+        for neurons, products in self._all_products(moved_ones):
             margins = np.full(neurons.size, self._margin)
             self._place(neurons, products, products >= self.shift, margins)
         where = self._live, self._geometry, self._moments, self._n_drawn
@@ -3745,8 +3748,7 @@ class _Lazy(_ByCounts):
 
     def _place_anew(self, short):
         """Makes rows anew that have used up their margins; returns the operations."""
-        for neurons in self._batches(short, self._together):
-            products = self._all_products(neurons)
+        for neurons, products in self._all_products(short):
             rows = self._live.rows[neurons]
             ends = np.cumsum(rows["count"])
             _, pairs = _ranges(rows["start"], rows["start"] + rows["count"])
@@ -3760,14 +3762,20 @@ class _Lazy(_ByCounts):
         return short.size * self.X.size
 
     def _all_products(self, neurons):
-        """Products (k, n) of some neurons as they are now, from their weights."""
-        with _one_blas_thread():
-            return self._weights(neurons) @ self.X.T
-
-    @property
-    def _together(self):
-        """Neurons whose products with all points are made at once."""
-        return max(1, (1 << 22) // len(self.X))
+        """Yields parts of a list of neurons and their products (k, n) as they are now, from their
+        weights: some 2^22 products at a time."""
+        n = len(self.X)
+        batches = self._batches(neurons, max(1, (1 << 22) // n))
+        starts = np.array([batch.start for batch in batches], int)
+        edges = np.flatnonzero(np.diff(starts * n >> 22, prepend=-1, append=-1))
+        for low, high in pairwise(edges):
+            part = neurons[batches[low].start : batches[high - 1].stop]
+            weights, products = self._weights(part), []
+            with _one_blas_thread():
+                for batch in batches[low:high]:
+                    own = slice(batch.start - starts[low], batch.stop - starts[low])
+                    products.append(weights[own] @ self.X.T)
+            yield part, np.concatenate(products)
 
     def _own_outputs(self):
         """From the products of active pairs."""
@@ -4082,12 +4090,9 @@ class _InWords(_ByCounts):
         if news and self.start.law is not None and not self.start.law.seen:
             moved, news = _with_live_pairs(moved, self.start, report), False
         self.live = moved.numbers
-        every = np.arange(self.live.size)
+        blocks = [slice(0), *self._batches(np.arange(self.live.size), self.width)]
         with _one_blas_thread():
-            found = [self._live_of(*(array[:0] for array in moved[:3]), True)]
-            for part in self._batches(every, self.width):
-                of_part = (array[part] for array in moved[:3])
-                found.append(self._live_of(*of_part, True))
+            found = [self._live_of(*(array[some] for array in moved[:3]), True) for some in blocks]
         if news or self.start.law is None:
             work = partial(self._of_block, moved.numbers)
             found += self.start.blocks(work, moved.numbers, report)
@@ -4162,7 +4167,7 @@ class _InWords(_ByCounts):
     def _find_flips(self):
         """Looks at the neurons whose certificates ran out and whose slack is used up."""
         late = np.flatnonzero(self._packed.certificates <= self._moments.distance)
-        parts = self._batches(late, _together(len(self.X)))
+        parts = [late[some] for some in self._batches(late, _together(len(self.X)))]
         with _one_blas_thread():
             found = _map_in_threads(self._look, parts, late.size * len(self.X) * 4)
         tally = np.array([0, self.live.size, 0, 0])
