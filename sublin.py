@@ -3718,7 +3718,7 @@ class _Lazy(_ByCounts):
             operations = self._place_anew(np.flatnonzero(self._live.certificates == -np.inf))
             more, again, _ = self._look()
             outputs, tally = outputs + more, tally + again + [0, operations, 0, 0]
-        return outputs, tally
+        return outputs, tally + [0, self.live.size, 0, 0]
 
     def _look(self):
         """Looks at the neurons whose certificates ran out and whose slack is used up. Returns what
@@ -3743,7 +3743,7 @@ class _Lazy(_ByCounts):
             change = partial_counts.sum(axis=0, dtype=np.int32)
             self._own_counts = self._own_counts + (change + change.T) // 2
         looked_at, moving, short, operations = map(int, tally.sum(axis=0))
-        tally = np.array([looked_at, operations + self.live.size, flips, moving])
+        tally = np.array([looked_at, operations, flips, moving])
         return outputs.sum(axis=0), tally, short
 
     def _place_anew(self, short):
@@ -4758,6 +4758,14 @@ class SublinearTrainer:
     warm_start : bool; if True, fit goes on from the weights that the last fit, or load, has left.
     callback : called with each record of history_; training stops if it returns True.
     verbose : 1 prints a line for each step, 2 shows bars where tqdm is installed.
+    comm : None, or an mpi4py communicator (anything with its Allreduce, Allgather, rank and size),
+        over whose ranks the neurons are spread: block k of them is on rank k mod size. Needs
+        search="lazy". All ranks call fit with the same X, y and options (callback and verbose may
+        differ) and get the same network, to the bit, as one process. What is *collective* is called
+        by all of them, and whatever ends it on one rank ends it on all, with the cause; the rest is
+        local. Each rank sends 8 (n^2 + 2 n + 6) bytes once at the start, once for each step tried
+        and once or twice at the end, and at every call of a callback if any rank has one; training
+        stops if any of these asks for it. Only rank 0 prints and warns.
 
     Attributes
     ----------
@@ -4775,7 +4783,7 @@ class SublinearTrainer:
         active on some point when the search began and, except with "dense", all that an earlier
         fit held), init_seconds_ (float), signs_ (m,) int8.
 
-    Memory: "lazy" holds for each live neuron its starting weights, 72 bytes more, and 12 for each
+    Attributes are the same on all ranks. Memory: "lazy" holds for each live neuron its starting weights, 72 bytes more, and 12 for each
     pair near the threshold, or, in words, 8 d + n / 8 bytes, and twice that in a step; nothing of
     size m. Where at most half of the live neurons are near the
     threshold it holds these only, without their weights. "scan" holds n m products and "tree"
@@ -4836,7 +4844,7 @@ class SublinearTrainer:
         self.comm = comm
 
     def fit(self, X, y):
-        """Trains on X (n, d) and y (n,), neither of which is modified. Returns self.
+        """Trains on X (n, d) and y (n,), neither of which is modified. Returns self. Collective.
 
         Starts from new weights unless warm_start is True. Whatever ends it early, an interrupt or
         any other exception, leaves the network at the last whole step, ready for use, and goes on
@@ -5219,7 +5227,7 @@ class SublinearTrainer:
 
     @_quiet
     def predict(self, X):
-        """Outputs (k,) of the trained network at X (k, d), in the units of y.
+        """Outputs (k,) of the trained network at X (k, d), in the units of y. Collective.
 
         O(k d n_live) with init="antisymmetric", whose dead neurons cancel; O(k d m) otherwise, and
         with search="dense". init="gaussian" draws the weights of dead neurons again, and a very
@@ -5235,7 +5243,7 @@ class SublinearTrainer:
     @_quiet
     def score(self, X, y, sample_weight=None):
         """Coefficient of determination R^2 of predict(X) with respect to y, points weighted by
-        sample_weight (k,) if given.
+        sample_weight (k,) if given. Collective.
 
         Of constant y it is 1.0 if all predictions are right, else 0.0; of a single point nan, with
         a warning.
@@ -5261,8 +5269,8 @@ class SublinearTrainer:
 
     @_quiet
     def weights(self):
-        """Hidden weights now (m, d) float64; d counts the coordinate that normalize="lift" appends.
-        Once it has shown dead neurons they are fixed: a later fit on other points may wake them,
+        """Hidden weights now (m, d) float64, on every rank; d counts the coordinate that
+        normalize="lift" appends. Collective. Once it has shown dead neurons they are fixed: a later fit on other points may wake them,
         but not draw them anew. Raises MemoryError if the weights do not fit."""
         network = self._trained_network()
         with network.start.ranks.together():
@@ -5282,12 +5290,12 @@ class SublinearTrainer:
 
     @property
     def signs_(self):
-        """Output signs (m,)."""
+        """Output signs (m,). Local."""
         return self._trained_network().all_signs()
 
     def active_sets(self):
-        """Neurons active on each training point now: (indptr, indices), those of point i being
-        indices[indptr[i]:indptr[i + 1]], ascending."""
+        """Neurons active on each training point now, those of all ranks: (indptr, indices), those
+        of point i being indices[indptr[i]:indptr[i + 1]], ascending. Collective."""
         return _by_point(self._active_sets(), len(self._X))
 
     def _active_sets(self):
@@ -5320,7 +5328,7 @@ class SublinearTrainer:
     @_quiet
     def check(self):
         """Asserts that active sets and residual are those of the weights, and every invariant of
-        the search.
+        the search. Collective.
 
         Makes the weights: m d numbers, O(n m d). A product within rounding of the threshold may
         count as either.
@@ -5357,6 +5365,7 @@ class SublinearTrainer:
 
     def save(self, path):
         """Writes the trained network to the file `path`, an npz without pickled objects.
+        Collective: rank 0 writes one file, the same as one process writes.
 
         It holds the weights of live neurons (n_live, d), and those of all (m, d) with
         init="gaussian" or search="dense"; the training points, options and history. A kill at any
@@ -5371,12 +5380,17 @@ class SublinearTrainer:
     def load(cls, path):
         """The trainer that `save` has written to the file `path`: it predicts the same to the bit,
         and fit with warm_start=True goes on with it. No code of the file is run. Raises ValueError
-        if it is damaged or foreign."""
+        if it is damaged or foreign.
+
+        Local: each rank that calls it gets the whole network, with comm=None. Once all of them have
+        set comm, fit with warm_start=True spreads it over any number of ranks.
+        """
         return _load(cls, path)
 
     def __getstate__(self):
         """What pickle and copy take: the network, which predicts the same to the bit, and all
-        options; not the search, which is made again where training goes on."""
+        options; not the search, which is made again where training goes on. Collective: what is
+        spread over ranks is copied whole, with comm=None."""
         if not hasattr(self, "history_"):
             return vars(self)
         network = self._trained_network()

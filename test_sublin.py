@@ -10,6 +10,7 @@ and are the ones to repeat with bounds checks:
 
 import copy
 import json
+import math
 import os
 import pickle
 import re
@@ -4484,6 +4485,411 @@ def test_a_fit_in_the_background_goes_on_when_the_main_thread_has_ended():
         ended.wait()
     """
     assert printed_by(code) == "3\n"
+
+
+# ==================================================================================================
+# Ranks
+# ==================================================================================================
+
+
+def spread(name, comm, folder):
+    """Fits and what follows, on the ranks of a communicator or alone: what all ranks must agree on,
+    and one process too. Blocks are small, so that there are many."""
+    (X, y), (others, targets) = problem(14, 3), problem(9, 3, seed=9)
+    words, blocks, patches, seen = "words" in name, {"BLOCK": 64, "PROPOSED": 64}, {}, []
+    options = {"width": 3000, "shift": 0.8, "damping": "auto", "tol": 1e-9, "max_iter": 8}
+    if name == "one block for many":
+        blocks = {}
+    elif name == "few live":
+        options |= {"width": 2048, "shift": 3.4}
+        blocks["BLOCK"] = 256
+    elif name == "lean":
+        (X, y), patches = problem(6, 4), {"REACH": 0.3, "LEAST_REACH": 0.0}
+        y, others = 0.1 * y, problem(9, 4, seed=9)[0]
+        options |= {"width": 20000, "shift": 1.5, "damping": 1e-2, "draw": "live", "tol": 1e-13}
+    elif "rejected" in name:
+        y, options = 100.0 * y, {**options, "width": 400}
+    elif "streamed" in name:
+        patches = {"MOMENTS": 5, "MARGIN": 0.05}
+        options |= {"damping": 0.1, "tol": 1e-12}
+    elif "gaussian" in name:
+        options |= {"init": "gaussian"}
+    elif name == "digits, words":
+        X, y = load_digits(return_X_y=True)
+        X, y, others, targets = X[:150], y[:150], X[150:160], y[150:160]
+        options |= {"normalize": "lift", "shift": "auto"}
+    elif "ridge" in name:
+        options |= {"ridge": 0.1}
+    elif name == "sketch":
+        options |= {"solver": "sketch"}
+    elif name == "seen":
+        options |= {"draw": "live", "shift": 1.5}
+    told = {}
+
+    def tell(when, fitted):
+        keys = [key for key in fitted.history_[0] if "seconds" not in key]
+        told[f"history {when}"] = np.array([values_of(fitted, key) for key in keys], float)
+        told[f"predictions {when}"] = fitted.predict(others)
+        told[f"active {when}"] = np.concatenate(fitted.active_sets())
+        told[f"residual {when}"] = np.array([fitted.residual_, fitted.n_live_, fitted.n_iter_])
+        told[f"signs {when}"] = fitted.signs_
+        path = Path(folder) / "net.npz"
+        fitted.save(path)
+        with np.load(path) as file:
+            told.update({f"{key} in the file {when}": file[key] for key in file if key != "about"})
+            about = json.loads(file["about"].tobytes())
+        history = [
+            {key: value for key, value in record.items() if "seconds" not in key}
+            for record in about.pop("history_")
+        ]
+        del about["init_seconds_"]
+        told[f"about {when}"] = np.frombuffer(repr((about, history)).encode(), np.uint8)
+        told[f"loaded {when}"] = SublinearTrainer.load(path).predict(others)
+        if comm:
+            comm.Barrier()  # before another is written
+        return path
+
+    def watch(record):
+        seen.append(record["iteration"])
+        told[f"in the callback {record['iteration']}"] = fitted.predict(others[:2])
+        last = comm is None or comm.rank == comm.size - 1
+        return last and name == "stopped" and record["iteration"] == 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sublin, "_fires_often", lambda *_: words)
+        for constant, value in {**blocks, **patches}.items():
+            patch.setattr(sublin, constant, value)
+        asks = {"callback": watch} if name in ("stopped", "random") else {}
+        fitted = trainer(**options, comm=comm, **asks)
+        fitted.fit(X, y)
+        tell("at first", fitted)
+        fitted.check()
+        fitted.set_params(callback=None, warm_start=True, max_iter=2).fit(X, 1.1 * y)
+        tell("with other targets", fitted)
+        if name in ("seen", "gaussian, words", "random"):
+            told["weights"] = fitted.weights()
+        fitted.fit(others, targets)
+        path = tell("on other points", fitted)
+        fitted.check()
+        again = SublinearTrainer.load(path).set_params(comm=comm).fit(X, y)
+        tell("loaded, and on the first points again", again)
+        told["its weights"] = again.weights()
+        told["a copy's"] = copy.deepcopy(again).predict(X)
+    held = fitted._search.live.size
+    facts = {"rejected": values_of(fitted, "rejected").sum(), "held": held, "seen": len(seen)}
+    return told, facts
+
+
+SPREAD = ["random", "random, words", "digits, words", "one block for many", "few live", "lean"]
+SPREAD += ["rejected", "rejected, words", "streamed again", "streamed again, words", "stopped"]
+SPREAD += ["gaussian", "gaussian, words", "ridge", "ridge, words", "sketch", "seen"]
+
+
+def mpi_run(ranks, code, *arguments, threads=1, timeout=240):
+    """A finished run of some code on so many ranks, and the seconds it took."""
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    run = [mpiexec, "-n", str(ranks), sys.executable, "-W", "ignore", "-c", code, *arguments]
+    options = {"cwd": HERE, "capture_output": True, "text": True, "timeout": timeout}
+    begin = time.perf_counter()
+    done = subprocess.run(run, env=os.environ | {"NUMBA_NUM_THREADS": str(threads)}, **options)
+    return done, time.perf_counter() - begin
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process tells."""
+    folder = tmp_path_factory.mktemp("alone")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {name: spread(name, None, folder) for name in SPREAD}
+
+
+def test_the_regimes_are_what_they_are_called(alone):
+    facts = {name: facts for name, (_, facts) in alone.items()}
+    assert facts["rejected"]["rejected"] > 0 and facts["rejected, words"]["rejected"] > 0
+    assert facts["few live"]["held"] < 20
+    assert facts["stopped"]["seen"] == 3 < facts["random"]["seen"]
+
+
+@pytest.mark.parametrize("ranks, threads", [(1, 2), (2, 1), (3, 2), (5, 1)])
+def test_any_number_of_ranks_gives_the_bits_of_one_process(ranks, threads, alone, tmp_path):
+    code = """if True:
+        import sys
+        from pathlib import Path
+        import numpy as np
+        from mpi4py import MPI
+        import test_sublin
+
+        comm, folder = MPI.COMM_WORLD, Path(sys.argv[1])
+        for number, name in enumerate(test_sublin.SPREAD):
+            told, facts = test_sublin.spread(name, comm, folder)
+            held = comm.gather(facts["held"])
+            if comm.rank in (0, comm.size - 1):  # what ranks tell is the same on all
+                np.savez(folder / f"{number} {comm.rank}.npz", **told)
+            if comm.rank == 0:
+                np.save(folder / f"{number} held.npy", held)
+    """
+    done, _ = mpi_run(ranks, code, str(tmp_path), threads=threads)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for number, name in enumerate(SPREAD):
+        for rank in {0, ranks - 1}:
+            with np.load(tmp_path / f"{number} {rank}.npz") as told:
+                assert set(told) == set(alone[name][0])
+                for what, expected in alone[name][0].items():
+                    assert told[what].tobytes() == expected.tobytes(), (name, what)
+        held = np.load(tmp_path / f"{number} held.npy")
+        assert held.sum() == alone[name][1]["held"]
+        if name == "one block for many":
+            assert (held > 0).sum() == 1
+        elif name == "few live":
+            assert (held == 0).any() or ranks < 5
+        else:
+            assert (held > 0).all()
+
+
+# What one rank does, and how the run ends: the exception on that rank and on the others, and words
+# of the message.
+ENDS = {
+    "other X": ("X = X + (rank == 1)", "ValueError", "ValueError", "X must be the same on all"),
+    "X of another shape": ("X = X[: 40 + rank]; y = y[: 40 + rank]", *["ValueError"] * 2, "X must"),
+    "other y": (
+        "y = y * (1 + rank)",
+        "ValueError",
+        "ValueError",
+        "y must be the same on all ranks",
+    ),
+    "an infinite X": ("X[rank, 0] /= 1 - rank", "ValueError", "ValueError", "X must be finite"),
+    "other options": (
+        "options['width'] += 2 * rank",
+        *["ValueError"] * 2,
+        "width must be the same",
+    ),
+    "other seeds": ("options['random_state'] = rank", *["ValueError"] * 2, "random_state must be"),
+    "a callback": (
+        "options['callback'] = fails if rank else None",
+        "LookupError",
+        "RuntimeError",
+        "rank 1 was ended by LookupError: enough",
+    ),
+    "no memory": ("breaks(sublin, '_look')", "MemoryError", "RuntimeError", "by MemoryError: full"),
+    "while drawing": (
+        "breaks(sublin._LiveBlocks, 'block')",
+        "MemoryError",
+        "RuntimeError",
+        "by MemoryError: full",
+    ),
+    "in the solver": (
+        "breaks(sublin._Cholesky, 'solve')",
+        "MemoryError",
+        "RuntimeError",
+        "by MemoryError: full",
+    ),
+    "in the last pass": (
+        "sublin.DOUBT = -1.0; breaks(sublin, '_add_active_outputs')",
+        "MemoryError",
+        "RuntimeError",
+        "by MemoryError: full",
+    ),
+    "the end of the step": ("breaks(net, '_tell')", "MemoryError", "RuntimeError", "MemoryError"),
+    "other bits": ("differs()", "RuntimeError", "RuntimeError", "ranks have computed other bits"),
+    "an interrupt": (
+        "options['callback'] = interrupts if rank else None",
+        "KeyboardInterrupt",
+        "KeyboardInterrupt",
+        "rank 1 was ended by KeyboardInterrupt",
+    ),
+    "an interrupt while drawing": (
+        "ahead(sublin._LiveBlocks, 'block', interrupts)",
+        "KeyboardInterrupt",
+        "KeyboardInterrupt",
+        "rank 1 was ended by KeyboardInterrupt",
+    ),
+    "another search": ("options['search'] = 'tree'", *["ValueError"] * 2, 'use search="lazy" with'),
+    "predictions": (
+        "net.predict = lambda X: ask(X + rank)",
+        *["ValueError"] * 2,
+        "X must be the s",
+    ),
+    "a file": (
+        "save = broken_save",
+        "OSError",
+        "RuntimeError",
+        "rank 0 was ended by OSError: disk",
+    ),
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_ends_one_rank_ends_all_with_the_cause(ranks):
+    """One run for all, since processes take seconds to begin. After each end all ranks go on."""
+    code = """if True:
+        import json, os, signal, time
+        import numpy as np
+        import pytest
+        from mpi4py import MPI
+        import sublin
+        from test_sublin import ENDS
+
+        comm = MPI.COMM_WORLD
+        rank = int(comm.rank == 1)
+        sublin._fires_often = lambda *_: False
+
+        def fails(record):
+            if record["iteration"] == 2:
+                raise LookupError("enough")
+
+        def interrupts(record):
+            if record["iteration"] == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def broken_save(path):
+            raise OSError("disk")
+
+        for name, (does, *_) in ENDS.items():
+            rng = np.random.default_rng(0)
+            X, y = rng.standard_normal((64, 4)), rng.standard_normal(64)
+            options = {"width": 1 << 16, "random_state": 0, "shift": 2.5, "max_iter": 6, "tol": 0}
+            net = sublin.SublinearTrainer(comm=comm)
+            with pytest.MonkeyPatch.context() as patch:
+
+                def breaks(owner, name):
+                    def broken(*arguments):
+                        raise MemoryError("full")
+                    if rank:
+                        patch.setattr(owner, name, broken)
+
+                def ahead(owner, name, does):
+                    work = getattr(owner, name)
+                    def both(*arguments):
+                        does({"iteration": 1})
+                        return work(*arguments)
+                    if rank:
+                        patch.setattr(owner, name, both)
+
+                def differs():
+                    solve = sublin._Cholesky.solve
+                    def other(*arguments):
+                        step, inner = solve(*arguments)
+                        return step * (1 + 1e-15 * rank), inner
+                    patch.setattr(sublin._Cholesky, "solve", other)
+
+                def ask(X):
+                    return sublin.SublinearTrainer.predict(net, X)
+
+                patch.setattr(sublin, "DOUBT", sublin.DOUBT)
+                save = None
+                begin, before = time.perf_counter(), signal.getsignal(signal.SIGINT)
+                try:
+                    exec(does)
+                    net.set_params(**options).fit(X, y)
+                    net.predict(X)
+                    if save:
+                        patch.setattr(sublin, "_write_whole", lambda *_: save(None))
+                        net.save("nowhere")
+                    found = "nothing"
+                except BaseException as error:
+                    found = f"{type(error).__name__}: {error}"
+                assert time.perf_counter() - begin < 20
+                assert signal.getsignal(signal.SIGINT) is before
+            found = comm.gather(found)
+            if comm.rank == 0:
+                print(json.dumps([name, found]), flush=True)
+            # The network is whole, and all ranks go on.
+            net = sublin.SublinearTrainer(1 << 14, comm=comm, max_iter=1, random_state=0)
+            net.fit(rng.standard_normal((20, 3)), rng.standard_normal(20)).check()
+    """
+    done, _ = mpi_run(ranks, code)
+    assert done.returncode == 0, done.stderr[-5000:]
+    ends = dict(map(json.loads, done.stdout.splitlines()))
+    assert list(ends) == list(ENDS)
+    for name, (_, own, others, words) in ENDS.items():
+        culprit = 0 if name == "a file" else 1
+        for rank in range(ranks):
+            expected = own if rank == culprit else others
+            assert ends[name][rank].startswith(expected), (name, rank, ends[name])
+        told = [text for rank, text in enumerate(ends[name]) if rank != culprit]
+        assert all(words in text for text in told), (name, told)
+
+
+def test_an_interrupt_of_one_process_ends_the_whole_run_with_the_cause(tmp_path):
+    code = """if True:
+        import os, sys, time
+        from pathlib import Path
+        import numpy as np
+        from mpi4py import MPI
+        from sublin import SublinearTrainer
+
+        comm, rng = MPI.COMM_WORLD, np.random.default_rng(0)
+        X, y = rng.standard_normal((64, 4)), rng.standard_normal(64)
+        def slowly(record):
+            time.sleep(0.05)
+            if record["iteration"] == 3:
+                (Path(sys.argv[1]) / str(comm.rank)).write_text(str(os.getpid()))
+        options = {"random_state": 0, "max_iter": 10**6, "tol": 0.0, "damping": 1e4}
+        SublinearTrainer(1 << 16, comm=comm, callback=slowly, **options).fit(X, y)
+    """
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    run = [mpiexec, "-n", "3", sys.executable, "-c", code, str(tmp_path)]
+    options = {"cwd": HERE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(run, **options) as process:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(int((tmp_path / "1").read_text()), signal.SIGINT)
+        begin = time.perf_counter()
+        output, _ = process.communicate(timeout=30)
+        assert time.perf_counter() - begin < 10
+    assert process.returncode != 0
+    assert output.count("rank 1 was ended by KeyboardInterrupt") >= 2
+
+
+class Lonely:
+    """A communicator of one process, of which nothing may be asked."""
+
+    rank, size = 0, 1
+
+    def Allreduce(self, *_):
+        raise AssertionError
+
+    Allgather = Allreduce
+
+
+def test_a_communicator_of_one_rank_sends_nothing_and_other_things_are_none():
+    X, y = problem(8, 4)
+    fits = [
+        trainer(comm=comm, search=search).fit(X, y)
+        for comm in (None, Lonely())
+        for search in ("lazy", "tree")
+    ]
+    assert_all_equal(*([f.predict(X), f.weights(), values_of(f)] for f in fits[::2]))
+    with pytest.raises(TypeError, match="comm must be an mpi4py communicator, but int has no Allr"):
+        trainer(comm=3).fit(X, y)
+
+
+def test_neurons_that_are_spread_stay_with_their_ranks():
+    class Two(Lonely):
+        size = 2
+
+    X, y = problem(8, 4)
+    fitted = trainer(warm_start=True).fit(X, y)
+    fitted._search.start = fitted._search.start._replace(ranks=sublin._Ranks(Two()))
+    with pytest.raises(ValueError, match="comm must stay the same for warm_start=True to go on"):
+        fitted.fit(X, y)
+
+
+@given(st.lists(st.floats(-3.0, 3.0), min_size=1, max_size=60), st.integers(0, 40))
+@thorough
+def test_whole_numbers_add_up_to_the_sum_in_any_order(numbers, power):
+    bound = 3.0 * 2.0**power
+    ones, numbers = sublin._ones(bound, 60), np.array(numbers) * 2.0**power
+    forth, back = np.zeros((2, 2, 1), np.int64)
+    for x in numbers:
+        sublin._add_whole(forth, 0, x, ones)
+    for x in numbers[::-1]:
+        back += sublin._to_whole(np.array([x]), ones)
+    assert np.array_equal(forth, back)
+    error = abs(sublin._from_whole(forth, ones)[0] - math.fsum(numbers))
+    assert error <= 2.0**-52 * np.abs(numbers).sum() + 2.0**-70 * bound
 
 
 # ==================================================================================================
