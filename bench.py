@@ -5,6 +5,7 @@
     python bench.py peers         other ways to train the same network
     python bench.py data          real tables: the threshold they need, and other regressors
     python bench.py claims        every claim of the paper
+    python bench.py ranks         neurons spread over processes (needs mpi4py and mpich)
     python bench.py ... --quick       a small version of it, which leaves README.md alone
     python bench.py ... --plot-only   draws and writes again from the JSON files
 
@@ -28,6 +29,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -800,8 +802,9 @@ def printed_by(code, **environment):
     return float(output_of(code, **environment))
 
 
-def output_of(code, **environment):
-    run = [sys.executable, "-W", "ignore", "-c", code]
+def output_of(code, *start, **environment):
+    """What a new process prints, or several that a command `start` starts."""
+    run = [*start, sys.executable, "-W", "ignore", "-c", code]
     environment = {**os.environ, **environment}
     options = {"cwd": HERE, "env": environment, "capture_output": True, "text": True}
     return subprocess.run(run, check=True, **options).stdout
@@ -2486,6 +2489,237 @@ def number_data(samples):
     }
 
 
+# ---- Experiment: neurons spread over ranks -------------------------------------------------------
+
+SPREAD = (16, 16)  # n, d
+SPREAD_WIDTHS = (28, 30, 32)  # exponents
+PREDICTED_WIDTHS = (32, 36, 40, 46)
+MOST_RANKS = 4096
+
+ON_RANKS = """
+import json, time
+from mpi4py import MPI
+import bench
+samples = bench.spread_fits(bench.Counted(MPI.COMM_WORLD), {widths}, {runs})
+if MPI.COMM_WORLD.rank == 0:
+    print(json.dumps(samples))
+"""
+
+IN_ONE = """
+import json
+import bench
+print(json.dumps(bench.spread_fits(None, {widths}, {runs})))
+"""
+
+
+class Counted:
+    """A communicator that counts what it is asked for."""
+
+    def __init__(self, comm):
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.calls = self.bytes = 0
+
+    def __getattr__(self, name):
+        def counted(sent, received):
+            self.calls, self.bytes = self.calls + 1, self.bytes + sent.nbytes
+            return getattr(self.comm, name)(sent, received)
+
+        return counted
+
+
+def spread_fits(comm, widths, runs):
+    """On each rank: fits of every width in turns; and seconds of a message of a step."""
+    n, d = SPREAD
+    X, y = random_unit_data(n, d)
+    train(X, y, 1 << 18, tol=WHOLE, comm=comm)  # compiles
+    samples = []
+    for run, width in product(range(runs), widths):
+        if comm:
+            comm.comm.Barrier()
+            comm.calls = comm.bytes = 0
+        begin = time.perf_counter()
+        net = train(X, y, width, tol=WHOLE, comm=comm)
+        sample = {"run": run, "seconds": time.perf_counter() - begin}
+        sample |= {"drawing": net.init_seconds_, "steps": net.n_iter_, "live": net.n_live_}
+        counts = {"calls": comm.calls, "bytes": comm.bytes} if comm else {}
+        sample |= {"near": net._search.live.size, "message": message_seconds(comm, n), **counts}
+        samples.append({"width": width, "residual": net.residual_, **sample})
+    return samples
+
+
+def message_seconds(comm, n, times=100):
+    """Of one all-reduce as large as that of a step, the median of some."""
+    if comm is None or comm.size == 1:
+        return 0.0
+    sent, received = np.zeros((2, n * n + 2 * n + 6), np.int64)
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        comm.comm.Allreduce(sent, received)
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds))
+
+
+def measure_ranks(quick):
+    """Whole fits in one process of one and of all threads, and on ranks of one thread each, the
+    processes in turns."""
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
+    if mpiexec is None or importlib.util.find_spec("mpi4py") is None:
+        raise SystemExit("bench.py ranks needs MPI: pip install mpi4py mpich")
+    n, d = SPREAD
+    widths = [1 << k for k in ((22, 23, 24) if quick else SPREAD_WIDTHS)]
+    code = {"widths": widths, "runs": 1 if quick else 3}
+    cores = os.cpu_count()
+    cases = [(0, 1), (0, cores)] + [(ranks, 1) for ranks in ((1, 2) if quick else (1, 2, 4))]
+    samples = []
+    for ranks, threads in progress(cases, "ranks"):
+        environment = {"NUMBA_NUM_THREADS": str(threads)}
+        if ranks:
+            start = [mpiexec, "-n", str(ranks)]
+            text = output_of(ON_RANKS.format(**code), *start, **environment)
+        else:
+            text = output_of(IN_ONE.format(**code), **environment)
+        case = {"n": n, "d": d, "ranks": ranks, "threads": threads, "cores": cores}
+        samples += [{**case, **sample} for sample in json.loads(text)]
+    return samples
+
+
+class Model(NamedTuple):
+    """Seconds of a whole fit on ranks of one thread, from what one process of one thread takes at
+    the widths measured and from messages between two ranks."""
+
+    n: int
+    d: int
+    steps: int
+    fixed: float  # seconds that every rank takes, however wide the network
+    block: float  # to draw a block
+    near: float  # for each neuron near the threshold, in all steps together
+    share: float  # of neurons that are near, for each block
+    message: float  # of a step, between two ranks
+    messages: float  # of a fit
+
+    @classmethod
+    def of(cls, samples):
+        one = where(samples, ranks=0, threads=1)
+        n, d = one[0]["n"], one[0]["d"]
+        widths, drawing, *_ = medians(one, "width", "drawing")
+        _, near, *_ = medians(one, "width", "near")
+        steps = np.array(
+            [
+                np.median([s["seconds"] - s["drawing"] for s in where(one, width=width)])
+                for width in widths
+            ]
+        )
+        blocks = np.array([blocks_of(n, d, int(width)) for width in widths])
+        per_block, at_start = np.polyfit(blocks, drawing, 1)
+        per_near, of_steps = np.polyfit(near, steps, 1)
+        two = where(samples, ranks=2)
+        return cls(
+            *(n, d, max(s["steps"] for s in one)),
+            max(at_start, 0.0) + max(of_steps, 0.0),
+            *(per_block, max(per_near, 0.0), near[-1] / blocks[-1]),
+            float(np.median([s["message"] for s in two])),
+            float(np.median([s["calls"] for s in two])),
+        )
+
+    def seconds(self, width, ranks):
+        """A rank has at most one block more than others; a message goes through log2(ranks)
+        stages."""
+        blocks = -(-blocks_of(self.n, self.d, width) // ranks)
+        stages = np.ceil(np.log2(ranks))
+        work = blocks * (self.block + self.near * self.share)
+        return self.fixed + work + self.messages * stages * self.message
+
+
+def blocks_of(n, d, width):
+    """How many blocks the neurons of a network make."""
+    X, _ = random_unit_data(n, d)
+    law = sublin._Law((X,), sublin.default_shift(width))
+    return -(-width // (2 * law.pairs(width)))
+
+
+def ranks_seconds(samples, width):
+    """The ranks, and the median seconds of a fit on so many."""
+    mine = [s for s in where(samples, width=width) if s["ranks"]]
+    return medians(mine, "ranks", "seconds")[:2]
+
+
+def draw_ranks(samples):
+    """Seconds of a whole fit against ranks: measured, and as the model predicts them."""
+    figure, axes = panels(1, height=6.4)
+    model, many = Model.of(samples), 2 ** np.arange(int(np.log2(MOST_RANKS)) + 1)
+    measured = distinct(samples, "width")
+    cores = samples[0]["cores"]
+    widths = [*measured[:-1], *(1 << k for k in PREDICTED_WIDTHS if 1 << k >= measured[-1])]
+    for place, width in enumerate(widths):
+        look = {"color": COLOURS[place % len(COLOURS)], "linewidth": 2}
+        predicted = [model.seconds(width, int(ranks)) for ranks in many]
+        axes.plot(many, predicted, linestyle=(0, (4, 3)), **look)
+        label = f"m = {power_label(width)}"
+        axes.annotate(
+            label,
+            (many[-1], predicted[-1]),
+            xytext=(6, 0),
+            color=look["color"],
+            textcoords="offset points",
+            va="center",
+        )
+        if width in measured:
+            ranks, seconds = ranks_seconds(samples, width)
+            fair = ranks <= cores
+            axes.plot(ranks[fair], seconds[fair], marker="o", markersize=9, **look)
+            axes.plot(
+                ranks[~fair],
+                seconds[~fair],
+                marker="o",
+                markersize=9,
+                linestyle="none",
+                markerfacecolor="white",
+                color=look["color"],
+            )
+    handles = [
+        axes.plot([], [], color=GREY, marker="o", markersize=9, linewidth=2)[0],
+        axes.plot(
+            [], [], color=GREY, marker="o", markersize=9, linestyle="none", markerfacecolor="white"
+        )[0],
+        axes.plot([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=2)[0],
+    ]
+    texts = ["measured", f"measured with more ranks than the {cores} cores", "predicted by a model"]
+    axes.legend(handles, texts, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlim(0.8, 4.0 * many[-1])
+    axes.set(xlabel="ranks of one thread", ylabel="seconds of a whole fit to 1e-6")
+    axes.set_title(f"n = {model.n} random unit points, d = {model.d}")
+    return figure
+
+
+def number_ranks(samples):
+    widest = distinct(samples, "width")[-1]
+    model = Model.of(samples)
+    ranks, seconds = ranks_seconds(samples, widest)
+    on = dict(zip(ranks.tolist(), seconds, strict=True))
+    one = np.median([s["seconds"] for s in where(samples, width=widest, ranks=0, threads=1)])
+    cores = samples[0]["cores"]
+    threads = where(samples, width=widest, ranks=0, threads=cores)
+    together = np.median([s["seconds"] for s in threads])
+    two = where(samples, width=widest, ranks=2)[0]
+    errors = [
+        abs(seconds / model.seconds(width, 2) - 1.0)
+        for width in distinct(samples, "width")
+        for seconds in [ranks_seconds(samples, width)[1][list(ranks).index(2)]]
+    ]
+    far = [f"{model.seconds(1 << k, 1024):.2g} s at m = 2^{k}" for k in (40, 46)]
+    return {
+        "ranks speedup": times(one / on[2]),
+        "ranks one": f"{on[1] / one - 1.0:+.0%}",
+        "ranks threads": f"{on[2] / together:.2f} times",
+        "ranks messages": f"{two['calls']} messages, {two['bytes'] / 1024:.0f} KB in all",
+        "ranks model": percent(max(errors)),
+        "ranks far": " and ".join(far),
+    }
+
+
 # ---- The table of experiments --------------------------------------------------------------------
 
 
@@ -2512,6 +2746,7 @@ EXPERIMENTS = (
     Experiment("total", "total", measure_total, (draw_total,), judge_total, number_total),
     Experiment("peers", "peers", measure_peers, (draw_peers,), number=number_peers),
     Experiment("data", "data", measure_data, (draw_data,), judge_data, number_data),
+    Experiment("ranks", "ranks", measure_ranks, (draw_ranks,), number=number_ranks),
     Experiment(
         "contraction", "claims", measure_contraction, (draw_contraction,), judge_contraction
     ),

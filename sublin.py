@@ -31,6 +31,7 @@ Notation (the paper's symbol, its name here, its meaning, its shape)
     K       neurons   neurons active on some point, which are those a step changes      set
     --      live      neurons active on some point at the start, or held by an earlier  set
                       fit. No others ever change: they are dead
+    --      block     neurons that are drawn together; each is held by one rank, which is a process
     --      pair      a neuron r and a point i; it is active if r is in Q_i
     --      flip      a pair that became active, or ceased to be, in a step: the neuron
                       wakes or falls asleep on the point. To fire is to be active
@@ -53,9 +54,9 @@ the sum, "active" as >= b, m d columns in J, g = R z in Algorithm 5, and its tol
 ||f - y||.
 
 The module reads from top to bottom: one step in plain NumPy, the problem and its kernel, random
-numbers, starting weights, trees, the Jacobian, sketches, solvers, trained networks, searches, the
-lazy search, scaling, saving, the trainer; then what needs no mathematics: checks of input, threads,
-versions and the place of machine code.
+numbers, starting weights, trees, the Jacobian, sketches, solvers, sums in fixed point, trained
+networks, searches, the lazy search, scaling, saving, the trainer; then what needs no mathematics:
+checks of input, threads, ranks, versions and the place of machine code.
 
 Further references
 
@@ -522,9 +523,14 @@ class _Start(NamedTuple):
         return 2 if self.init == "antisymmetric" else 1
 
     @property
-    def unit(self):
+    def block_size(self):
         """How many neurons make a block; block k is that of the rank k mod the number of ranks."""
         return BLOCK if self.law is None else 2 * self.law.pairs(self.width)
+
+    @property
+    def draws_live(self):
+        """Whether live pairs are drawn without the others."""
+        return self.law is not None and not self.law.seen
 
     @property
     def longest(self):
@@ -534,7 +540,7 @@ class _Start(NamedTuple):
 
     def owns(self, neurons):
         """Which of some neurons are this rank's."""
-        return neurons // self.unit % self.ranks.size == self.ranks.rank
+        return neurons // self.block_size % self.ranks.size == self.ranks.rank
 
     def signs(self, number):
         """Signs (int8) of the neurons from number * BLOCK on."""
@@ -547,9 +553,14 @@ class _Start(NamedTuple):
         _uniforms(np.uint64(self.seed), np.uint64(number), SIGNS, uniform)
         return np.where(uniform < 0.5, np.int8(-1), np.int8(1))
 
+    def all_signs(self):
+        """Signs of all neurons (m,) int8."""
+        _check_memory(f"signs of {self.width} neurons", 2 * self.width)
+        return np.concatenate([self.signs(number) for number in range(-(-self.width // BLOCK))])
+
     def block(self, number, live):
-        """Vectors (float32) and signs of the neurons from number * BLOCK on. Under a law, those
-        of the neurons `live`, all that it knows, are zeros."""
+        """Vectors (float32) and signs of the BLOCK neurons from number * BLOCK on. Under a law,
+        vectors of the neurons `live` are zeros: those of this rank that it knows to be."""
         first, signs = number * BLOCK, self.signs(number)
         if self.stored is not None:
             return self.stored[0][first : first + signs.size], signs
@@ -571,13 +582,14 @@ class _Start(NamedTuple):
         return vectors, signs
 
     def groups(self, work, live, report=_to_nobody):
-        """work(first neuron, vectors, signs) of every block of this rank, in groups as _in_groups
-        has it. Blocks of a law that do not end where those of BLOCK neurons do are cut there."""
-        blocks = self.ranks.share(-(-self.width // self.unit))
+        """work(first neuron, vectors, signs) of all neurons of this rank, in groups as _in_groups
+        yields them. A block of a law may end between multiples of BLOCK, and is cut at them."""
+        size = self.block_size
+        blocks = self.ranks.own_blocks(-(-self.width // size))
 
         def parts():
             for k in blocks:
-                first, last = k * self.unit, min((k + 1) * self.unit, self.width)
+                first, last = k * size, min((k + 1) * size, self.width)
                 while first < last:
                     end = min(last, (first // BLOCK + 1) * BLOCK)
                     yield first, end
@@ -590,12 +602,12 @@ class _Start(NamedTuple):
             vectors = vectors[some.start // self.copies : some.stop // self.copies]
             return work(first, vectors, signs[some])
 
-        count = len(blocks) * -(-self.unit // BLOCK)
+        count = len(blocks) * -(-size // BLOCK)
         return _in_groups(of_part, parts(), count, BLOCK * self.d, report)
 
     def blocks(self, *arguments):
         """The same block by block."""
-        return (block for _, blocks in self.groups(*arguments) for block in blocks)
+        return _one_by_one(self.groups(*arguments))
 
     def shown(self):
         """These weights once somebody has seen those of dead neurons, which later fits with other
@@ -603,10 +615,15 @@ class _Start(NamedTuple):
         return self if self.law is None else self._replace(law=self.law._replace(seen=True))
 
 
+def _one_by_one(groups):
+    """What groups, as _in_groups yields them, have of each block."""
+    return (block for _, blocks in groups for block in blocks)
+
+
 def _in_groups(of_block, blocks, count, size, report):
-    """Yields (share done, [of_block(k), ...]) for groups of the blocks k, about `count` of them,
-    made by threads; `size` is how many numbers a block has, and `report` is told the share that is
-    done.
+    """Yields (share done, [of_block(k), ...]) for groups of the blocks k, made by threads. `count`
+    is how many there are, or nearly, for the share that is done, which `report` is told; `size` is
+    how many numbers a block has.
 
     BLAS is held to one thread, so that blocks share the cores evenly and bits do not vary.
     """
@@ -874,7 +891,7 @@ class _LiveBlocks:
     def groups(self, work, report):
         """work(pairs, vectors, products) of every block of this rank, in groups as _in_groups
         yields them."""
-        blocks, size = self._start.ranks.share(self.count), PROPOSED * self._start.d
+        blocks, size = self._start.ranks.own_blocks(self.count), PROPOSED * self._start.d
         return _in_groups(lambda k: work(*self.block(k)), blocks, len(blocks), size, report)
 
 
@@ -1450,8 +1467,8 @@ class SparseJacobian(LinearOperator):
 
     def _sum_by_point(self, kernel, *arguments):
         work = 8 * self.active.points.size
-        total = np.zeros(len(self.X))
-        return _sum_over_chunks(kernel, self.active.neurons.size, total, work, *arguments)
+        like = np.zeros(len(self.X))
+        return _sum_over_chunks(kernel, self.active.neurons.size, like, work, *arguments)
 
     def gram(self):
         """Gram matrix G = J J^T = (X X^T) o C / m (n, n), C_ij = |Q_i and Q_j|, without d:
@@ -1942,43 +1959,43 @@ SOLVERS = {
 
 
 # ==================================================================================================
-# Sums over neurons in whole numbers
+# Sums over neurons in fixed point
 # ==================================================================================================
 #
-# Floating-point sums depend on who adds what first. Where neurons are spread over processes, sums
-# over them are of integers: a number x counts as x ones without its fraction, and the fraction as
-# an integer too, FINER times as fine; `ones`, a power of two, is as large as a bound on all that
-# can be added allows. So every process gets the same bits, in whatever order and by whomever parts
-# are added.
+# A floating-point sum depends on the order of its terms. Where neurons are spread over processes
+# that order varies, so the lazy search and predictions add in fixed point, in one process too: a
+# number x becomes two integers, the whole part of x times `resolution`, and its fraction times
+# FINER. Integers add to the same bits in any order. `resolution` is a power of two, as large as a
+# bound on the sum of the first integers allows; the second ones have room for 2^33 terms.
 
 FINER = 2.0**30
 
 
-def _ones(bound, width):
-    """The integers that make 1 in sums over at most `width` neurons, each of which adds `bound` at
-    most, and that twice at most; 0 if the bound overflows."""
+def _resolution(bound, width):
+    """The resolution of sums over `width` neurons that add `bound` each at most; there is room for
+    twice as much, as a pair whose row is made anew may flip again. 0 if the bound overflows."""
     if not bound < np.inf:
         return 0.0
     return math.ldexp(1.0, 60 - math.frexp(bound)[1] - int(width).bit_length())
 
 
 @njit(inline="always")
-def _add_whole(sums, i, x, ones):
+def _add_fixed(fixed, i, x, resolution):
     """Adds x to entry i of sums (2, n) int64."""
-    whole = np.int64(x * ones)
-    sums[0, i] += whole
-    sums[1, i] += np.int64((x * ones - np.float64(whole)) * FINER)
+    whole = np.int64(x * resolution)
+    fixed[0, i] += whole
+    fixed[1, i] += np.int64((x * resolution - np.float64(whole)) * FINER)
 
 
-def _to_whole(numbers, ones):
+def _to_fixed(numbers, resolution):
     """Numbers (n,) as such sums (2, n)."""
-    whole = np.trunc(numbers * ones)
-    return np.stack([whole, np.trunc((numbers * ones - whole) * FINER)]).astype(np.int64)
+    whole = np.trunc(numbers * resolution)
+    return np.stack([whole, np.trunc((numbers * resolution - whole) * FINER)]).astype(np.int64)
 
 
-def _from_whole(sums, ones):
+def _from_fixed(fixed, resolution):
     """The numbers (n,), which are nan if there was no bound."""
-    return (sums[0] + sums[1] / FINER) / (ones or np.nan)
+    return (fixed[0] + fixed[1] / FINER) / (resolution or np.nan)
 
 
 # ==================================================================================================
@@ -1998,10 +2015,10 @@ class _Network(NamedTuple):
 
     start: _Start
     shift: float
-    live: np.ndarray  # (n_live,) the live neurons' own numbers, ascending
-    signs: np.ndarray  # (n_live,) theirs
-    weights: np.ndarray  # (n_live, d) theirs
-    longest: float  # at least as large as the length of any weight vector
+    live: np.ndarray  # (k,) numbers of this rank's live neurons, ascending
+    signs: np.ndarray  # (k,) theirs
+    weights: np.ndarray  # (k, d) theirs
+    longest: float  # at least as large as the length of any of these, or of any clear one
     clear: "_Clear | None" = None  # live neurons that are not held
 
     def outputs(self, X):
@@ -2010,13 +2027,13 @@ class _Network(NamedTuple):
         ranks, width = self.start.ranks, self.start.width
         (longest,) = ranks.gather(np.array([self.longest]))
         reach = np.sqrt(X.shape[1]) * np.abs(X).max()  # no row of X is longer
-        ones = _ones(longest.max() * reach + abs(self.shift), width)
+        resolution = _resolution(longest.max() * reach + abs(self.shift), width)
 
         def of_block(W, signs):
-            return _to_whole(_outputs_of(X, W, signs, self.shift), ones)
+            return _to_fixed(_outputs_of(X, W, signs, self.shift), resolution)
 
         if self.start.init == "antisymmetric" or self.live.size == width:
-            edges = np.flatnonzero(np.diff(self.live // self.start.unit)) + 1
+            edges = np.flatnonzero(np.diff(self.live // self.start.block_size)) + 1
             edges = [0, *edges, self.live.size]
 
             def of_held(part):
@@ -2027,13 +2044,13 @@ class _Network(NamedTuple):
             trained = self._trained()
             groups = self.start.groups(lambda *block: of_block(*trained(*block)), self.live)
         zeros = np.zeros((2, len(X)), np.int64)
-        sums = sum((block for _, blocks in groups for block in blocks), zeros)
+        sums = sum(_one_by_one(groups), zeros)
         if self.clear is not None:
             sums = sum(self.clear.each(lambda _, W, signs, *__: of_block(W, signs)), sums)
         (sums,) = ranks.sum(sums)
-        return _from_whole(sums, ones) / np.sqrt(width)
+        return _from_fixed(sums, resolution) / np.sqrt(width)
 
-    def whole(self):
+    def with_clear_held(self):
         """This network with all live neurons held."""
         if self.clear is None:
             return self
@@ -2043,19 +2060,19 @@ class _Network(NamedTuple):
         live, weights, signs = _in_order(*map(np.concatenate, held))
         return self._replace(live=live, signs=signs, weights=weights, clear=None)
 
-    def everywhere(self):
+    def of_all_ranks(self):
         """This network with the live neurons of all ranks, as one process has it."""
         ranks = self.start.ranks
         if ranks.size == 1:
             return self
-        live, weights, signs = _in_order(*ranks.gather(self.live, self.weights, self.signs))
+        *held, longest = ranks.gather(self.live, self.weights, self.signs, [self.longest])
+        live, weights, signs = _in_order(*held)
         start, clear = self.start._replace(ranks=_Ranks()), self.clear
         if clear is not None:
             (counts,) = ranks.gather(np.array([clear.count]))
             sieve = clear.sieve._replace(start=start)
             clear = clear._replace(count=int(counts.sum()), sieve=sieve)
-        held = {"live": live, "signs": signs, "weights": weights, "clear": clear}
-        return self._replace(start=start, **held)
+        return _Network(start, self.shift, live, signs, weights, longest.max(), clear)
 
     def _trained(self):
         """A function that puts the trained weights into a block of starting ones."""
@@ -2073,7 +2090,7 @@ class _Network(NamedTuple):
         width, d = self.start.width, self.start.d
         _check_memory(f"weights() of {width} neurons in {d} dimensions", width * d * 8)
         if self.clear is not None:
-            return self.whole().all_weights()
+            return self.with_clear_held().all_weights()
         out = np.empty((width, d))
         if self.live.size == width:
             out[:] = self.weights
@@ -2084,19 +2101,11 @@ class _Network(NamedTuple):
             first += len(W)
         return out
 
-    def all_signs(self):
-        """Signs of all neurons (m,) int8."""
-        if self.live.size == self.start.width:
-            return self.signs.astype(np.int8)
-        _check_memory(f"signs of {self.start.width} neurons", 2 * self.start.width)
-        blocks = range(-(-self.start.width // BLOCK))
-        return np.concatenate([self.start.signs(number) for number in blocks])
-
     def active_sets(self, X):
         """ActiveSets at the training points X (n, d), with the neurons' own numbers. Only live
         neurons are looked at, so for other points it would miss some."""
         if self.clear is not None:
-            return self.whole().active_sets(X)
+            return self.with_clear_held().active_sets(X)
         firing = np.flatnonzero(self.weights @ X.T >= self.shift)
         neurons, points = np.divmod(firing, len(X))
         return _grouped(self.live[neurons], points)
@@ -2115,16 +2124,25 @@ class _Network(NamedTuple):
 # reason, and again when undo() itself was.
 
 
+# Neurons that each rank sends at a time where they are dealt out anew.
+DEALT = 1 << 17
+
+
+def _in_order(numbers, *arrays):
+    """Numbers of neurons, ascending, and arrays with an entry for each, in that order."""
+    order = np.argsort(numbers)
+    return [array[order] for array in (numbers, *arrays)]
+
+
 class _Moved(NamedTuple):
-    """Neurons whose weights come from an earlier fit: all that it held, its live ones, or all m
-    after "dense", whether or not they have moved."""
+    """This rank's neurons whose weights come from an earlier fit: all that it held, its live ones,
+    or all m after "dense", whether or not they have moved."""
 
     numbers: np.ndarray  # (k,) ascending
     weights: np.ndarray  # (k, d)
     signs: np.ndarray  # (k,)
-    longest: (
-        float  # at least as large as the length of any of them on any rank; 0 if there are none
-    )
+    # At least as large as the length of any of them on any rank; 0 if there is no earlier fit.
+    longest: float
 
     @property
     def anywhere(self):
@@ -2135,28 +2153,18 @@ class _Moved(NamedTuple):
     def of(cls, network, start):
         """This rank's share, for a search from `start`, of the neurons that a network holds. Each
         rank hears of those of all, a part at a time."""
-        whole, ranks = network.whole(), network.start.ranks
+        network, ranks = network.with_clear_held(), network.start.ranks
         if ranks.size == start.ranks.size == 1:
-            return cls(whole.live, whole.weights, whole.signs, whole.longest)
-        sizes, longest = ranks.gather(np.array([whole.live.size]), np.array([whole.longest]))
+            return cls(network.live, network.weights, network.signs, network.longest)
+        sizes, longest = ranks.gather(np.array([network.live.size]), np.array([network.longest]))
         found = []
-        for low in range(0, sizes.max() + 1, DEALT):
-            held = whole.live, whole.weights, whole.signs
+        for low in range(0, sizes.max() + 1, DEALT):  # one part at least
+            held = network.live, network.weights, network.signs
             part = ranks.gather(*(array[low : low + DEALT] for array in held))
             mine = start.owns(part[0])
             found.append([array[mine] for array in part])
         held = _in_order(*map(np.concatenate, zip(*found, strict=True)))
         return cls(*held, longest.max())
-
-
-# Neurons that each rank sends at a time where they are dealt out anew.
-DEALT = 1 << 17
-
-
-def _in_order(numbers, *arrays):
-    """Arrays whose entries belong to neurons, and these, in the order of the neurons' numbers."""
-    order = np.argsort(numbers)
-    return [array[order] for array in (numbers, *arrays)]
 
 
 def _with_live_pairs(moved, start, report):
@@ -2167,7 +2175,7 @@ def _with_live_pairs(moved, start, report):
         return numbers, np.repeat(vectors, 2, axis=0), np.tile([1.0, -1.0], pairs.size)
 
     groups = _LiveBlocks(start, moved.numbers).groups(of_block, report)
-    held = [moved[:3], *(block for _, blocks in groups for block in blocks)]
+    held = [moved[:3], *_one_by_one(groups)]
     held = _in_order(*map(np.concatenate, zip(*held, strict=True)))
     return _Moved(*held, moved.longest)
 
@@ -2176,14 +2184,14 @@ class _Search:
     """The network at the training points, and one step of it.
 
     Attributes: outputs f (n,); nnz, the number of active pairs; changing, the number |K| of neurons
-    that the next step moves; flips, how many pairs have flipped so far; live and signs, the own
-    numbers and the signs of the neurons whose weights are held, the live ones, or all with "dense";
-    n_live, how many are live. In active.neurons a neuron is named by its place in `live`.
-    `operations` counts multiply-adds, comparisons and moves of products, `looked_at` the neurons
-    whose products were read.
+    that the next step moves; flips, how many pairs have flipped so far; n_live, how many neurons
+    are live: all of these of all ranks. live and signs are the numbers and the signs of this rank's
+    neurons whose weights are held, live ones, or all with "dense". In active.neurons a neuron is
+    named by its place in `live`. `operations` counts multiply-adds, comparisons and moves of
+    products, `looked_at` the neurons whose products were read, of all ranks.
     """
 
-    def __init__(self, X, y, start, shift, moved, news, lean, dtype, report):
+    def __init__(self, X, y, start, shift, moved, may_wake, lean, dtype, report):
         self.X, self.shift, self.start, self.width = X, shift, start, start.width
         _check_memory(f"Gram matrices of {len(X)} points", 40 * len(X) ** 2, "use fewer points")
         with _one_blas_thread():
@@ -2191,7 +2199,7 @@ class _Search:
         self.dtype = dtype
         self.operations = self.looked_at = self.flips = 0
         self.lean = lean  # whether a lazy search may leave neurons out that cannot flip
-        self._begin(y, moved, news, report)
+        self._begin(y, moved, may_wake, report)
 
     @property
     def mean_diagonal(self):
@@ -2235,8 +2243,8 @@ class _ForwardPass(_Search):
         active, values = self._find()
         signs = self.signs[active.neurons]
         where = active, signs, values, self.shift
-        size, total = active.neurons.size, np.zeros(len(self.X))
-        sums = _sum_over_chunks(_add_outputs, size, total, 4 * values.size, *where)
+        size, like = active.neurons.size, np.zeros(len(self.X))
+        sums = _sum_over_chunks(_add_outputs, size, like, 4 * values.size, *where)
         self.active, self.outputs = active, sums / np.sqrt(self.width)
 
     @property
@@ -2315,7 +2323,7 @@ class _Dense(_ForwardPass):
         what = f'search="dense" with {width} neurons'
         _check_memory(what, width * X.shape[1] * dtype.itemsize, NARROWER)
 
-    def _begin(self, y, moved, news, report):
+    def _begin(self, y, moved, may_wake, report):
         d = self.X.shape[1]
         self._cast_X = self.X.astype(self.dtype)
         self._W = np.empty((self.width, d), self.dtype)
@@ -2481,7 +2489,7 @@ class _Scan(_ForwardPass):
         rows = int(_levels(width)[: cls.height + 1][-1])
         _check_memory(what, len(X) * rows * dtype.itemsize, NARROWER)
 
-    def _begin(self, y, moved, news, report):
+    def _begin(self, y, moved, may_wake, report):
         n = len(self.X)
         self._levels = _levels(self.width)[: self.height + 1]
         self._cast_X, self._cast_XXt = self.X.astype(self.dtype), self.XXt.astype(self.dtype)
@@ -2812,7 +2820,7 @@ def _swap(points, products, e, f):
 
 
 @njit(inline="always")
-def _flip(points, products, first, size, k, scale, shift, q, flips, found, outputs, ones):
+def _flip(points, products, first, size, k, scale, shift, q, flips, found, outputs, resolution):
     """Flips the pairs of a row that have crossed b, writes them down and adds what they change to
     the outputs, in which an active pair has -scale (product - b); returns how many pairs are active
     now, and how many flips are written."""
@@ -2822,14 +2830,14 @@ def _flip(points, products, first, size, k, scale, shift, q, flips, found, outpu
         if excess >= 0.0:
             e += 1
             continue
-        _add_whole(outputs, points[e], scale * excess, ones)
+        _add_fixed(outputs, points[e], scale * excess, resolution)
         flips[found]["neuron"], flips[found]["point"], flips[found]["sign"] = q, points[e], -1
         found, k = found + 1, k - 1
         _swap(points, products, e, first + k)
     for e in range(end, first + size):
         excess = products[e] - shift
         if excess >= 0.0:
-            _add_whole(outputs, points[e], -scale * excess, ones)
+            _add_fixed(outputs, points[e], -scale * excess, resolution)
             flips[found]["neuron"], flips[found]["point"], flips[found]["sign"] = q, points[e], 1
             _swap(points, products, e, first + k)
             found, k = found + 1, k + 1
@@ -2902,11 +2910,11 @@ def _count_flips(points, first, k, flips, begun, found, counts):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _look(live, geometry, moments, ones, edges, outputs, tally, flips, count, counts):
+def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, count, counts):
     """Of the neurons of the chunks (edges[c], ..., edges[c + 1] - 1 are those of chunk c) whose
     certificates ran out, each gets a new one if slack is left, and is looked at otherwise.
 
-    Writes the flips, and their number into count[0]. Adds to outputs[c], in whole numbers, what
+    Writes the flips, and their number into count[0]. Adds to outputs[c], in fixed point, what
     they change of f - G g, the outputs if none had flipped, and to counts what they change of C.
     """
     # Arrays are taken out of the tuples once, as each time their references would be counted.
@@ -2946,7 +2954,7 @@ def _look(live, geometry, moments, ones, edges, outputs, tally, flips, count, co
                 continue
             begun = found
             k, found = _flip(
-                points, products, first, size, k, scale, shift, q, flips, found, total, ones
+                points, products, first, size, k, scale, shift, q, flips, found, total, resolution
             )
             _count_flips(points, first, k, flips, begun, found, counts)
             tally[chunk, MOVING] += int(k > 0) - int(row.active > 0)
@@ -2974,8 +2982,8 @@ def _unflip(live, flips, count):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _add_active_outputs(live, geometry, moments, ones, edges, outputs):
-    """Adds to outputs[chunk], in whole numbers, the outputs of the neurons edges[chunk], ...,
+def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
+    """Adds to outputs[chunk], in fixed point, the outputs of the neurons edges[chunk], ...,
     edges[chunk + 1] - 1."""
     rows, _, points, products = live
     X, XXt, _, _, shift, unit, entry = geometry
@@ -3000,7 +3008,7 @@ def _add_active_outputs(live, geometry, moments, ones, edges, outputs):
                     moved[a] += _dot(w, X[points[first + a]])
             for a in range(k):
                 excess = moved[a] - shift
-                _add_whole(outputs[chunk], points[first + a], -scale * excess, ones)
+                _add_fixed(outputs[chunk], points[first + a], -scale * excess, resolution)
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
@@ -3267,7 +3275,7 @@ class _Clear(NamedTuple):
             return found
 
         groups = _LiveBlocks(self.sieve.start, NOBODY).groups(of_block, _to_nobody)
-        return [found for _, blocks in groups for block in blocks for found in block]
+        return [found for block in _one_by_one(groups) for found in block]
 
     @property
     def pulled(self):
@@ -3369,36 +3377,42 @@ class _CountedJacobian(SparseJacobian):
 class _ByCounts(_Search):
     """Searches that keep C, and leave neurons where they were until they have to be looked at.
 
-    Each rank holds its own neurons and their counts, `_own_counts`. They offer _find_flips(), of
-    own neurons; _own_outputs(), what these add to f, in whole numbers; _void(), which voids all
-    certificates; and gathered(order).
+    Each rank holds its own neurons and their counts, `_own_counts`; `counts` are those of all
+    ranks, the same array where there is one. Subclasses offer _find_flips(), which looks at own
+    neurons, replaces _own_counts and returns what their flips add to f, in fixed point, and a tally
+    (neurons looked at, operations, flips, by how many more neurons move); _own_outputs(), what own
+    neurons add to f, in fixed point; _void(), after which all that move are looked at; and
+    active_sets_of(order).
 
     The outputs follow from the Gram matrix, f <- f - G g, and from the flips; `rounding` bounds
     what that has added up to. Where it matters when training ends, they are computed anew.
     """
 
     rounding, _clear_counts = 0.0, 0
-    _looked_until = 0.0  # D when flips were last looked for; undo() adds to D, and leaves them
+    _looked_until = 0.0  # D when flips were last looked for; undo() raises D without looking
 
-    def _open(self, longest):
-        """`longest` bounds the length of starting vectors and of those that have moved."""
+    def _set_out(self, moved):
+        """Sets D, s and the moments to their beginning."""
+        longest, self._block_size = max(self.start.longest, moved.longest), self.start.block_size
         self._geometry = Geometry.of(self.X, self.XXt, self.shift, self.width)
         self._moments = Moments(0, 0, np.zeros((MOMENTS, len(self.X))), 0.0, longest)
 
-    def _add_up(self, own_outputs, changing, looked_at, operations):
+    def _add_up(self, moved, changing, looked_at, operations):
         """Counts and outputs at the start, from those of all ranks' neurons."""
+        cancel = self.start.init == "antisymmetric" and not moved.anywhere
+        own_outputs = self._no_outputs if cancel else self._own_outputs()
         tally = np.array([self.n_live, changing, looked_at, operations])
         outputs, self.counts, tally = self.start.ranks.sum(own_outputs, self._own_counts, tally)
         self.n_live, self.changing, looked_at, operations = map(int, tally)
-        self.outputs = _from_whole(outputs, self._ones_now)
+        self.outputs = _from_fixed(outputs, self._resolution_now)
         self.looked_at += looked_at
         self.operations += operations
 
     @property
-    def _ones_now(self):
+    def _resolution_now(self):
         """The integers that make 1 in sums of outputs."""
         longest, shift = self._moments.longest * self._geometry.longest, abs(self.shift)
-        return _ones((longest + shift) * self._geometry.unit, self.width)
+        return _resolution((longest + shift) * self._geometry.unit, self.width)
 
     @property
     def _no_outputs(self):
@@ -3459,7 +3473,7 @@ class _ByCounts(_Search):
         outputs, counts, tally = self.start.ranks.sum(*found, alike=alike)
         looked_at, operations, flips, changing = map(int, tally)
         if flips:
-            self.outputs = self.outputs + _from_whole(outputs, self._ones_now)
+            self.outputs = self.outputs + _from_fixed(outputs, self._resolution_now)
             self.counts = counts
         self.looked_at += looked_at
         self.operations += operations
@@ -3470,8 +3484,8 @@ class _ByCounts(_Search):
         """Makes sure that `outputs` come from a forward pass."""
         clear_counts = np.broadcast_to(self._clear_counts, self.counts.shape)
         outputs, clear_counts = self.start.ranks.sum(self._own_outputs(), clear_counts)
-        self.outputs, self.rounding = _from_whole(outputs, self._ones_now), 0.0
-        if clear_counts.any():  # of pairs that cancelled at the start, and are linear
+        self.outputs, self.rounding = _from_fixed(outputs, self._resolution_now), 0.0
+        if clear_counts.any():  # which cancelled at the start, and have not flipped since
             with _one_blas_thread():
                 linear = _gram(self.XXt, clear_counts, self.width) @ self._sums
             self.outputs = self.outputs - linear
@@ -3495,9 +3509,9 @@ class _ByCounts(_Search):
         return self.flips - before
 
     def _batches(self, neurons, size):
-        """Slices of a list of neurons, `size` long at most and of one block each, so that products
-        which BLAS makes of them together have the same bits on whatever rank the block is."""
-        edges = np.flatnonzero(np.diff(self.live[neurons] // self._unit)) + 1
+        """Slices of a list of neurons, each of one block and `size` long at most. A product of
+        matrices has the same bits on any rank only if the same neurons are in it."""
+        edges = np.flatnonzero(np.diff(self.live[neurons] // self._block_size)) + 1
         blocks = pairwise([0, *edges.tolist(), neurons.size])
         return [
             slice(low, min(low + size, end))
@@ -3505,14 +3519,10 @@ class _ByCounts(_Search):
             for low in range(first, end, size)
         ]
 
-    @cached_property
-    def _unit(self):
-        return self.start.unit
-
     def active_sets_and_signs(self):
         """ActiveSets of the neurons of all ranks, with their own numbers; and their signs."""
         order = np.argsort(self.live)
-        active, signs = self.gathered(order), self.signs[order]
+        active, signs = self.active_sets_of(order), self.signs[order]
         signs = signs[active.neurons]
         active = active._replace(neurons=self.live[order[active.neurons]])
         if self.clear is not None:
@@ -3548,8 +3558,8 @@ class _Lazy(_ByCounts):
 
     placed_anew = 0  # rows made anew in training, for those who look inside
 
-    def _begin(self, y, moved, news, report, reach=None):
-        self._open(max(self.start.longest, moved.longest))
+    def _begin(self, y, moved, may_wake, report, reach=None):
+        self._set_out(moved)
         self._ledger = _Ledger()
         # Training ends about where every active product has moved by |y_i| / (Phi(-b) sqrt(m)), so
         # that dw_r is a sum of vectors of about that length, one for each active point.
@@ -3557,17 +3567,17 @@ class _Lazy(_ByCounts):
         largest = np.finfo(np.float32).max
         pull = np.minimum(MARGIN * np.abs(y) / output_per_move, largest).astype(np.float32)
         self._sieve = _Sieve(self.start, self._geometry, pull, ALL)
-        self._begun, self._path = (y, moved, news), []
-        if self.start.law is None or (news and self.start.law.seen):
-            work = partial(self._sieve.of_block, moved.numbers)
-            groups = self.start.groups(work, moved.numbers, report)
-        elif news:
+        self._begun, self._path = (y, moved, may_wake), []
+        if not may_wake:
+            groups = ()
+        elif self.start.draws_live:
             live_blocks = _LiveBlocks(self.start, moved.numbers)
             if self.lean and not moved.anywhere:
                 self._sieve = self._lean_sieve(live_blocks, y, reach)
             groups = live_blocks.groups(self._sieve.of_pairs, report)
         else:
-            groups = ()
+            work = partial(self._sieve.of_block, moved.numbers)
+            groups = self.start.groups(work, moved.numbers, report)
         self._margin = np.sqrt(np.mean(pull.astype(float) ** 2))  # a typical one
         self._lay_out(groups, moved)
         everybody = np.arange(self.live.size)
@@ -3575,9 +3585,7 @@ class _Lazy(_ByCounts):
         self._own_counts = _coactivity(active, len(self.X)) + self._clear_counts
         changing = np.count_nonzero(self._live.rows["active"]) + self._left_out
         self.n_live = self.live.size + self._left_out
-        cancel = self.start.init == "antisymmetric" and not moved.anywhere
-        outputs = self._no_outputs if cancel else self._own_outputs()
-        self._add_up(outputs, changing, self.n_live, self._used)
+        self._add_up(moved, changing, self.n_live, self._used)
 
     def _lean_sieve(self, live_blocks, y, reach):
         """A sieve that lets near neurons through only, if at most half of the live ones are."""
@@ -3600,7 +3608,9 @@ class _Lazy(_ByCounts):
         dtype = moved.weights.dtype if moved.numbers.size else np.float32
         vectors = {"vectors": np.empty((0, self.X.shape[1]), dtype)}
         stack = _Stack(
-            **({} if self._is_lean else vectors),  # else they are drawn again where asked for
+            **(
+                {} if self._is_lean else vectors
+            ),  # of a lean search they are drawn again if asked for
             live=NOBODY,
             signs=np.zeros(0),
             rows=np.zeros(0, ROW),
@@ -3662,9 +3672,9 @@ class _Lazy(_ByCounts):
 
     def mark(self):
         state = self.outputs, self.counts, self._own_counts, self.changing, self.flips
-        looks, steps, longest = len(self._ledger.looks), len(self._path), self._moments.longest
-        self._mark = {"state": state, "sums": self._sums.copy(), "looks": looks, "steps": steps}
-        self._mark["longest"] = longest
+        lengths = {"looks": len(self._ledger.looks), "steps": len(self._path)}
+        moment = {"sums": self._sums.copy(), "longest": self._moments.longest}
+        self._mark = {"state": state, **lengths, **moment}
         return self._mark
 
     def advance(self, step, lap):
@@ -3676,7 +3686,10 @@ class _Lazy(_ByCounts):
         return super().advance(step, lap)
 
     def undo(self, mark):
-        mark, looks = self._mark, self._ledger.looks  # that mark, which _begin_again may change
+        mark, looks = (
+            self._mark,
+            self._ledger.looks,
+        )  # `mark`, or what _begin_again has put in its place
         self._path = self._path[: mark["steps"]]
         while len(looks) > mark["looks"]:
             for piece in filter(None, looks[-1].pieces):
@@ -3686,9 +3699,11 @@ class _Lazy(_ByCounts):
         if not np.array_equal(self._sums, mark["sums"]):
             self._go_to(mark["sums"])
         self._moments = self._moments._replace(longest=mark["longest"])
+        self._looked_until = -np.inf
 
     def _begin_again(self, reach):
-        """With a wider reach, and the same steps: only which neurons have rows changes."""
+        """With a wider reach, and the same steps, on all ranks at once. Only which neurons have
+        rows changes."""
         again = object.__new__(_Lazy)
         for name in ("X", "XXt", "shift", "width", "dtype", "lean"):
             setattr(again, name, getattr(self, name))
@@ -3717,14 +3732,16 @@ class _Lazy(_ByCounts):
             # All at -inf have just been looked at: those that still are had too small a margin.
             operations = self._place_anew(np.flatnonzero(self._live.certificates == -np.inf))
             more, again, _ = self._look()
-            outputs, tally = outputs + more, tally + again + [0, operations, 0, 0]
-        return outputs, tally + [0, self.live.size, 0, 0]
+            outputs, tally = outputs + more, tally + again
+            tally[1] += operations
+        tally[1] += self.live.size  # certificates that were compared
+        return outputs, tally
 
     def _look(self):
         """Looks at the neurons whose certificates ran out and whose slack is used up. Returns what
         their flips add to the outputs; neurons looked at, operations, flips and the change of how
         many move; and how many rows are too short."""
-        n, edges, ones = len(self.X), _edges(self.live.size), self._ones_now
+        n, edges, resolution = len(self.X), _edges(self.live.size), self._resolution_now
         outputs, tally = np.zeros((CHUNKS, 2, n), np.int64), np.zeros((CHUNKS, 4), np.int64)
         partial_counts = _counts_of_threads(n)
         pieces = self._ledger.open(self._sums)
@@ -3732,7 +3749,7 @@ class _Lazy(_ByCounts):
         def of_share(thread, low, high):
             flips, count = np.empty(self._used, FLIP), np.zeros(1, np.int64)  # one a pair at most
             pieces[low] = flips, count  # from now on undo() knows of them
-            where = self._live, self._geometry, self._moments, ones, edges[low : high + 1]
+            where = self._live, self._geometry, self._moments, resolution, edges[low : high + 1]
             found = flips, count, partial_counts[thread]
             _look(*where, outputs[low:high], tally[low:high], *found)
             flips.resize(count[0], refcheck=False)  # gives back what was not written, or even taken
@@ -3767,6 +3784,7 @@ class _Lazy(_ByCounts):
         n = len(self.X)
         batches = self._batches(neurons, max(1, (1 << 22) // n))
         starts = np.array([batch.start for batch in batches], int)
+        # Of the batches whose weights are made together.
         edges = np.flatnonzero(np.diff(starts * n >> 22, prepend=-1, append=-1))
         for low, high in pairwise(edges):
             part = neurons[batches[low].start : batches[high - 1].stop]
@@ -3779,11 +3797,11 @@ class _Lazy(_ByCounts):
 
     def _own_outputs(self):
         """From the products of active pairs."""
-        where = self._live, self._geometry, self._moments, self._ones_now
+        where = self._live, self._geometry, self._moments, self._resolution_now
         size, work = self.live.size, 4 * self._used
         return _sum_over_chunks(_add_active_outputs, size, self._no_outputs, work, *where)
 
-    def gathered(self, order):
+    def active_sets_of(self, order):
         """The active sets of some neurons, named by where they stand in `order`."""
         # Pairs by neuron are put in order by point, and by neuron again: that sorts their points.
         by_neuron = ActiveSets(np.arange(order.size), *_active_pairs(self._live, order))
@@ -3815,12 +3833,12 @@ class _Lazy(_ByCounts):
         rows, certificates, all_points, all_products = self._live
         n, geometry, k = len(self.X), self._geometry, rows["active"]
         neuron = np.repeat(np.arange(self.live.size), rows["count"])
-        rank = np.arange(neuron.size) - np.repeat(np.cumsum(rows["count"]), rows["count"])
-        rank += rows["count"][neuron]
-        place = rank + rows["start"][neuron]
+        offset = np.arange(neuron.size) - np.repeat(np.cumsum(rows["count"]), rows["count"])
+        offset += rows["count"][neuron]
+        place = offset + rows["start"][neuron]
         points = all_points[place]
         in_row, active = np.zeros((2, self.live.size, n), bool)
-        in_row[neuron, points], active[neuron, points] = True, rank < k[neuron]
+        in_row[neuron, points], active[neuron, points] = True, offset < k[neuron]
         assert in_row.sum() == neuron.size, "a point is in a row twice"
 
         weights = self._weights(np.arange(self.live.size))
@@ -3995,9 +4013,9 @@ def _decide(products, weights, geometry, words, least, slack):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _flips_in_words(was, now, weights, scales, geometry, ones):
+def _flips_in_words(was, now, weights, scales, geometry, resolution):
     """How many pairs are active in one of `was` and `now` only, and what they add to the outputs,
-    in whole numbers (2, n)."""
+    in fixed point (2, n)."""
     X, shift, found = geometry.X, geometry.shift, 0
     sums = np.zeros((2, len(X)), np.int64)
     for q in range(len(was)):
@@ -4007,7 +4025,9 @@ def _flips_in_words(was, now, weights, scales, geometry, ones):
                 bit = flipped & ~(flipped - np.uint64(1))
                 i = 64 * z + _first_bit(flipped)
                 excess = _dot(weights[q], X[i]) - shift
-                _add_whole(sums, i, scales[q] * (excess if now[q, z] & bit else -excess), ones)
+                _add_fixed(
+                    sums, i, scales[q] * (excess if now[q, z] & bit else -excess), resolution
+                )
                 flipped ^= bit
                 found += 1
     return found, sums
@@ -4052,8 +4072,8 @@ def _count_bits(words, active):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _add_outputs_in_words(packed, signs, geometry, moments, ones, edges, outputs):
-    """Adds to outputs[chunk], in whole numbers, the outputs of the neurons edges[chunk], ...,
+def _add_outputs_in_words(packed, signs, geometry, moments, resolution, edges, outputs):
+    """Adds to outputs[chunk], in fixed point, the outputs of the neurons edges[chunk], ...,
     edges[chunk + 1] - 1."""
     X, shift, unit = geometry.X, geometry.shift, geometry.unit
     here, (n, d) = moments.now - moments.first, X.shape
@@ -4068,7 +4088,7 @@ def _add_outputs_in_words(packed, signs, geometry, moments, ones, edges, outputs
             excess[:k] = -shift
             _move_through_weights(points, excess, 0, k, X, w)
             for a in range(k):
-                _add_whole(outputs[chunk], points[a], unit * signs[q] * excess[a], ones)
+                _add_fixed(outputs[chunk], points[a], unit * signs[q] * excess[a], resolution)
 
 
 class _InWords(_ByCounts):
@@ -4083,17 +4103,17 @@ class _InWords(_ByCounts):
         what = f"weights of {width} neurons, most of which fire on some point"
         _check_memory(what, width * (16 * X.shape[1] + len(X) // 4), "use fewer neurons")
 
-    def _begin(self, y, moved, news, report):
+    def _begin(self, y, moved, may_wake, report):
         n, d = self.X.shape
-        self._open(max(self.start.longest, moved.longest))
+        self._set_out(moved)
         self._X32, self._log = self.X.astype(np.float32), []
-        if news and self.start.law is not None and not self.start.law.seen:
-            moved, news = _with_live_pairs(moved, self.start, report), False
+        if may_wake and self.start.draws_live:
+            moved, may_wake = _with_live_pairs(moved, self.start, report), False
         self.live = moved.numbers
         blocks = [slice(0), *self._batches(np.arange(self.live.size), self.width)]
         with _one_blas_thread():
             found = [self._live_of(*(array[some] for array in moved[:3]), True) for some in blocks]
-        if news or self.start.law is None:
+        if may_wake:
             work = partial(self._of_block, moved.numbers)
             found += self.start.blocks(work, moved.numbers, report)
         self.live, self.signs, *arrays = map(np.concatenate, zip(*found, strict=True))
@@ -4103,9 +4123,7 @@ class _InWords(_ByCounts):
         copies = 1 if moved.anywhere else self.start.copies  # twins begin alike
         _add_coactivity(self._by_point(self._packed.words[::copies]), self._own_counts, copies)
         changing = np.count_nonzero(self._packed.active)
-        cancel = self.start.init == "antisymmetric" and not moved.anywhere
-        outputs = self._no_outputs if cancel else self._own_outputs()
-        self._add_up(outputs, changing, 0, 0)
+        self._add_up(moved, changing, 0, 0)
         self.looked_at += self.width
         self.operations += self.width * n * (d + 1)
 
@@ -4194,7 +4212,7 @@ class _InWords(_ByCounts):
         left = (self._moments.distance + slack / np.maximum(active, 1) * CAUTION) * CAUTION
         packed.certificates[neurons] = np.where(active > 0, left, np.inf)
         scales = signs[neurons] * self._geometry.unit
-        where = weights, scales, self._geometry, self._ones_now
+        where = weights, scales, self._geometry, self._resolution_now
         flips, outputs = _flips_in_words(was, now, *where)
         flipped = (was != now).any(axis=1)
         was, now = was[flipped], now[flipped]
@@ -4215,11 +4233,11 @@ class _InWords(_ByCounts):
         return counts
 
     def _own_outputs(self):
-        where = self._packed, self.signs, self._geometry, self._moments, self._ones_now
+        where = self._packed, self.signs, self._geometry, self._moments, self._resolution_now
         size, work = self.live.size, self._packed.words.size * 16
         return _sum_over_chunks(_add_outputs_in_words, size, self._no_outputs, work, *where)
 
-    def gathered(self, order):
+    def active_sets_of(self, order):
         """The active sets of some neurons, named by where they stand in `order`."""
         bits = np.unpackbits(self._packed.words[order].view(np.uint8), axis=1, bitorder="little")
         return _grouped(*np.nonzero(bits[:, : len(self.X)]))
@@ -4238,7 +4256,7 @@ class _InWords(_ByCounts):
         products = weights @ self.X.T
         excess, lengths = products - self.shift, np.linalg.norm(weights, axis=1, keepdims=True)
         tolerance = np.broadcast_to(1e-9 * (1.0 + lengths), products.shape)
-        sets, active = self.gathered(everybody), np.zeros(products.shape, bool)
+        sets, active = self.active_sets_of(everybody), np.zeros(products.shape, bool)
         active[np.repeat(sets.neurons, np.diff(sets.offsets)), sets.points] = True
         doubtful = np.abs(excess) <= tolerance
         assert np.all((active == (excess >= 0)) | doubtful), "an active pair is missed or made up"
@@ -4410,12 +4428,13 @@ SAVED = (
 )
 
 
-def _save(trainer, path):
-    """Writes a trainer as an npz file without pickled objects, whose checksums notice damage."""
-    network, scales = trainer._trained_network().everywhere(), trainer._scales
-    start = network.start
-    if trainer._ranks.rank > 0:
+def _save(trainer, path, ranks):
+    """Writes a trainer as an npz file without pickled objects, whose checksums notice damage. Of
+    the ranks that share it the first one writes."""
+    network, scales = trainer._trained_network().of_all_ranks(), trainer._scales
+    if ranks.rank > 0:
         return
+    start = network.start
     arrays = {
         "X": trainer._X,
         "y": trainer._y,
@@ -4445,7 +4464,7 @@ def _save(trainer, path):
     drawn = {"random_state": start.seed, "width": start.width, "init": start.init}
     about = {
         "format": FORMAT,
-        "unit": trainer._unit,
+        "unit": trainer._mean_diagonal,
         "params": {**trainer.get_params(), **drawn, "callback": None, "comm": None},
         "lift": scales.lift,
         "normalize": scales.normalize,
@@ -4550,7 +4569,7 @@ def _restored(kind, about, arrays):
         _scales=_Scales(x_standard, y_standard, about["lift"], about["normalize"]),
         **{"_X": X, "_y": y, "_unreachable": arrays["unreachable"]},
         _dual=_check_vector("dual", arrays.get("dual", np.zeros(len(X))), size=len(X)),
-        _unit=about.get("unit", about["history_"][0]["active"] / trainer.width),
+        _mean_diagonal=about.get("unit", about["history_"][0]["active"] / trainer.width),
         **{"_search": None, "_network": network},
     )
     if about["feature_names"]:
@@ -4639,7 +4658,7 @@ class _Progress:
 
     def __init__(self, verbose, max_iter, ranks):
         self.verbose, self._tqdm = verbose if ranks.rank == 0 else 0, None
-        self.ranks, self.asks = ranks, True  # whether some rank has a callback
+        self.ranks, self.has_callback = ranks, True  # whether any rank has one
         self.over = False  # whether fit has ended
         self.error_state = np.geterr()  # of the caller, for the callback
         if self.verbose == 2:
@@ -4758,14 +4777,23 @@ class SublinearTrainer:
     warm_start : bool; if True, fit goes on from the weights that the last fit, or load, has left.
     callback : called with each record of history_; training stops if it returns True.
     verbose : 1 prints a line for each step, 2 shows bars where tqdm is installed.
-    comm : None, or an mpi4py communicator (anything with its Allreduce, Allgather, rank and size),
-        over whose ranks the neurons are spread: block k of them is on rank k mod size. Needs
-        search="lazy". All ranks call fit with the same X, y and options (callback and verbose may
-        differ) and get the same network, to the bit, as one process. What is *collective* is called
-        by all of them, and whatever ends it on one rank ends it on all, with the cause; the rest is
-        local. Each rank sends 8 (n^2 + 2 n + 6) bytes once at the start, once for each step tried
-        and once or twice at the end, and at every call of a callback if any rank has one; training
-        stops if any of these asks for it. Only rank 0 prints and warns.
+    comm : None, or an mpi4py communicator (anything with its Allreduce, Allgather, rank and size).
+        Its ranks share the neurons in blocks of 2^14 or more, block k being on rank k mod size.
+        Needs search="lazy". All ranks pass the same X, y and options, but for callback and verbose;
+        on machines of one kind they get the network of one process, to the bit.
+        *Collective* are fit, predict, score, weights, active_sets, check and save, and to pickle or
+        copy a trainer: all ranks make these calls in the same order, in callbacks too, and a call
+        that some ranks do not make waits for ever. All else is local, and so is everything with a
+        network from load or pickle until fit has spread it.
+        An error or an interrupt on one rank ends the call on all. The others raise ValueError,
+        TypeError or KeyboardInterrupt if it was that, else RuntimeError, and name the rank and the
+        cause. An interrupt waits for the next message. Only rank 0 prints, and warns of how
+        training ended. If the callback of any rank returns True, training stops on all.
+        Each rank sends 8 (n^2 + 2 n + 6) bytes at the start, for each step tried, once or twice at
+        the end, and for each record if any rank has a callback; all of them again where the search
+        begins again with a wider reach. "sketch" and "richardson" send all active pairs to all
+        ranks in every step; weights, save, pickle and a warm start on other points send all that is
+        held of live neurons.
 
     Attributes
     ----------
@@ -4783,11 +4811,13 @@ class SublinearTrainer:
         active on some point when the search began and, except with "dense", all that an earlier
         fit held), init_seconds_ (float), signs_ (m,) int8.
 
-    Attributes are the same on all ranks. Memory: "lazy" holds for each live neuron its starting weights, 72 bytes more, and 12 for each
+    Attributes are the same on all ranks, but for seconds.
+
+    Memory: "lazy" holds for each live neuron its starting weights, 72 bytes more, and 12 for each
     pair near the threshold, or, in words, 8 d + n / 8 bytes, and twice that in a step; nothing of
-    size m. Where at most half of the live neurons are near the
-    threshold it holds these only, without their weights. "scan" holds n m products and "tree"
-    (1 + 1/15) n m, both with the starting weights of live neurons; "dense" holds m d weights.
+    size m. Where at most half of the live neurons are near the threshold it holds these only,
+    without their weights. "scan" holds n m products and "tree" (1 + 1/15) n m, both with the
+    starting weights of live neurons; "dense" holds m d weights.
     Costs: fit takes O(n m d) once, or O(n d) for each live neuron with draw="live"; then for each
     step the search as above and the solver, O(n^3) for "cholesky". It raises ValueError, TypeError
     or MemoryError on bad input, LinAlgError when the Gram matrix is singular and damping and ridge
@@ -4844,7 +4874,7 @@ class SublinearTrainer:
         self.comm = comm
 
     def fit(self, X, y):
-        """Trains on X (n, d) and y (n,), neither of which is modified. Returns self. Collective.
+        """Collective. Trains on X (n, d) and y (n,), neither of which is modified. Returns self.
 
         Starts from new weights unless warm_start is True. Whatever ends it early, an interrupt or
         any other exception, leaves the network at the last whole step, ready for use, and goes on
@@ -4858,12 +4888,10 @@ class SublinearTrainer:
 
     @property
     def _ranks(self):
-        """The processes that `comm` names."""
+        """The processes that `comm` names: those that share the network, if it is the same comm."""
         ranks = _Ranks(_check_comm(self.comm))
-        if not hasattr(self, "history_"):
-            return ranks
-        start = self._network.start if self._search is None else self._search.start
-        return start.ranks if start.ranks.comm is ranks.comm else ranks
+        known = self._start.ranks if hasattr(self, "history_") else ranks
+        return known if known.comm is ranks.comm else ranks
 
     def _fit(self, X, y, ranks, progress):
         shift = self._check_options()
@@ -4872,7 +4900,9 @@ class SublinearTrainer:
         y = _check_targets(y, len(X))
         self._check_sketch_size(len(X))
         seed = None if goes_on else _seed(self.random_state)
-        seed, progress.asks = self._agree(X, y, seed, ranks)
+        seed, progress.has_callback = self._agree(X, y, seed, ranks)
+        # The longest message: outputs in fixed point, counts, and a tally of four numbers.
+        ranks.lengthen(2 * len(X) + len(X) ** 2 + 4)
         try:
             if goes_on:
                 self._go_on(X, y, shift, ranks, progress)
@@ -4880,7 +4910,7 @@ class SublinearTrainer:
             else:
                 self._begin(X, y, shift, _feature_names(given), seed, ranks, progress)
                 stopped = self._tell(progress)
-            first, start = len(self.history_), self._system
+            first, at_first = len(self.history_), self._system
             ended = BY_CALLBACK if stopped else self._train(progress)
         except SystemError as error:  # what an exception in a compiled kernel may show as
             while isinstance(error, SystemError) and error.__cause__ is not None:
@@ -4891,12 +4921,14 @@ class SublinearTrainer:
             _release_blas()
             self._roll_back()
             progress.close()
-        if not self.converged_ and ended != BY_CALLBACK and self.max_iter > 0:
-            self._warn(ended, [start, *(told["system_residual"] for told in self.history_[first:])])
+        unexpected = not self.converged_ and ended != BY_CALLBACK and self.max_iter > 0
+        if unexpected and ranks.rank == 0:
+            later = (told["system_residual"] for told in self.history_[first:])
+            self._warn(ended, [at_first, *later])
 
     def _agree(self, X, y, seed, ranks):
-        """Makes sure that all ranks fit the same; returns the seed of all, and whether any of them
-        has a callback."""
+        """Makes sure that all ranks fit the same. Returns the seed, rank 0's if it is drawn, and
+        whether any rank has a callback."""
         if ranks.size == 1:
             return seed, self.callback is not None
         same = {"X": X, "y": y, **self.get_params()}
@@ -4907,9 +4939,8 @@ class SublinearTrainer:
             told = [[record[key] for key in ("residual", "flips")] for record in self.history_]
             same["the network of the last fit"] = told, self.shift_, self._dual.tobytes()
         ranks.agree(same)
-        seeds, asks = ranks.gather(np.array([seed or 0], np.uint64), [self.callback is not None])
-        ranks.lengthen(2 * len(X) + len(X) ** 2 + 4)
-        return int(seeds[0]), bool(asks.any())
+        seeds, given = ranks.gather(np.array([seed or 0], np.uint64), [self.callback is not None])
+        return int(seeds[0]), bool(given.any())
 
     def _begin(self, X, y, shift, names, seed, ranks, progress):
         """A new network."""
@@ -4926,7 +4957,7 @@ class SublinearTrainer:
         start = _Start(seed, int(self.width), d, self.init, ranks, law)
         moved = _Moved(NOBODY, np.zeros((0, d), np.float32), np.zeros(0), 0.0)
         fitted = self._problem(X, y, unreachable, shift, start, moved, True, progress)
-        fitted |= {"_dual": np.zeros(len(y)), "_unit": fitted["_search"].mean_diagonal}
+        fitted |= {"_dual": np.zeros(len(y)), "_mean_diagonal": fitted["_search"].mean_diagonal}
         fitted |= {"_scales": scales, "shift_": shift, "_enough": enough}
         fitted["n_features_in_"] = n_features
         fitted |= {} if names is None else {"feature_names_in_": names}
@@ -4943,7 +4974,7 @@ class SublinearTrainer:
         """The weights as they are, perhaps other points, targets or methods."""
         self._roll_back()
         begin, scales, search = time.perf_counter(), self._scales, self._search
-        start = search.start if search is not None else self._network.start
+        start = self._start
         for name, now, before in (
             ("width", self.width, start.width),
             ("init", self.init, start.init),
@@ -4972,16 +5003,20 @@ class SublinearTrainer:
         ):
             fitted = {"_y": y, "_unreachable": unreachable}
         else:
-            news, start = True, start._replace(ranks=ranks)
+            may_wake, start = True, start._replace(ranks=ranks)
             if start.law is not None:
                 law = start.law.with_points(X)
-                news = law is not start.law
+                may_wake = law is not start.law
                 start = start if start.law.seen else start._replace(law=law)
             moved = _Moved.of(self._trained_network(), start)
-            fitted = self._problem(X, y, unreachable, self.shift_, start, moved, news, progress)
+            fitted = self._problem(X, y, unreachable, self.shift_, start, moved, may_wake, progress)
             search = fitted["_search"]
         if not same_points:
-            fitted |= {"_dual": np.zeros(len(y)), "_unit": search.mean_diagonal, "_enough": None}
+            fitted |= {
+                "_dual": np.zeros(len(y)),
+                "_mean_diagonal": search.mean_diagonal,
+                "_enough": None,
+            }
         fitted |= self._reached(vars(self) | fitted)
         vars(self).update(fitted, init_seconds_=time.perf_counter() - begin)
 
@@ -5010,18 +5045,19 @@ class SublinearTrainer:
             return shift, None
         return shift, math.ceil(math.log2(self.width) + 4 / 3 * math.log2(ratio / RATIO))
 
-    def _problem(self, X, y, unreachable, shift, start, moved, news, progress):
+    def _problem(self, X, y, unreachable, shift, start, moved, may_wake, progress):
         """What a fit is about: points, targets, and a search at a network of which some neurons
-        have moved from the start; `news` is whether others may be live."""
+        have moved from the start; `may_wake` is whether others may be live, which must be drawn
+        then."""
         kind, dtype = _search_class(self.search, X, start.width, shift), np.dtype(self.dtype)
         kind.check_memory(X, start.width, dtype)
         if self.search != "lazy" and start.law is not None:  # dead neurons, too, are held, and seen
-            if news and not start.law.seen:
+            if may_wake and start.draws_live:
                 moved = _with_live_pairs(moved, start, progress.drawn)
             start = start.shown()
         lean = SOLVERS[self.solver] not in (_Sketch, _Richardson)  # which ask for the active sets
         targets = y - unreachable
-        search = kind(X, targets, start, shift, moved, news, lean, dtype, progress.drawn)
+        search = kind(X, targets, start, shift, moved, may_wake, lean, dtype, progress.drawn)
         fitted = {"_X": X, "_y": y, "_unreachable": unreachable, "n_live_": search.n_live}
         return {**fitted, "_search": search, "_network": None, "_unfinished": None}
 
@@ -5047,8 +5083,9 @@ class SublinearTrainer:
 
     def _system_residual(self, outputs, dual, fitted):
         """f - y - nu s (n,), without the part of y that cannot be fitted; and its relative
-        size, with that part unless there is a ridge. `fitted` holds _y, _unreachable and _unit."""
-        ridge = self.ridge * fitted["_unit"]
+        size, with that part unless there is a ridge. `fitted` holds _y, _unreachable and
+        _mean_diagonal."""
+        ridge = self.ridge * fitted["_mean_diagonal"]
         error = outputs - (fitted["_y"] - fitted["_unreachable"])
         if ridge == 0:
             return error, _relative_residual(outputs, fitted["_y"])
@@ -5076,14 +5113,14 @@ class SublinearTrainer:
             seed = self._search.start.seed
             return kind(*problem, SKETCHES[self.sketch], self.sketch_size, seed)
         if kind is _Gradient:
-            return kind(*problem, self.damping == "auto", self.ridge * self._unit)
+            return kind(*problem, self.damping == "auto", self.ridge * self._mean_diagonal)
         return kind(*problem)
 
     def _step(self, solver, damping, progress, is_last):
         """One step and its record; False if it is not finite, or if no damping makes the residual
         fall."""
         search, stopwatch, before = self._search, _Stopwatch(), self._system
-        J, ridge = search.jacobian(), self.ridge * self._unit
+        J, ridge = search.jacobian(), self.ridge * self._mean_diagonal
         # g leaves out the part of f - y that no step can reduce: it would blow g up as mu falls,
         # without moving a weight.
         residual, _ = self._system_residual(search.outputs, self._dual, vars(self))
@@ -5165,12 +5202,15 @@ class SublinearTrainer:
             self._unfinished = None
 
     def _tell(self, progress):
-        """Shows the last record; True if the callback asks to stop."""
+        """Shows the last record; True if the callback of any rank asks to stop."""
         progress.step(self.history_[-1])
         with np.errstate(**progress.error_state):
             answer = self.callback(self.history_[-1]) if self.callback else None
         stops = isinstance(answer, (bool, np.bool_)) and bool(answer)
-        return bool(progress.ranks.sum(np.array([stops]))[0][0]) if progress.asks else False
+        if not progress.has_callback:
+            return False
+        (stopping,) = progress.ranks.sum(np.array([stops]))
+        return bool(stopping[0])
 
     def _warn(self, ended, residuals):
         """Says why training has ended above tol, and what to change; `residuals` are those at the
@@ -5216,8 +5256,6 @@ class SublinearTrainer:
             )
         else:
             remedy = f"it has stopped falling; {wider}, for more active neurons{noisy}"
-        if self._ranks.rank > 0:
-            return
         warnings.warn(
             f"relative residual {of}{reached:.2e} after {self.n_iter_} steps is above "
             f"tol={self.tol:g}: {remedy}",
@@ -5227,18 +5265,18 @@ class SublinearTrainer:
 
     @_quiet
     def predict(self, X):
-        """Outputs (k,) of the trained network at X (k, d), in the units of y. Collective.
+        """Collective. Outputs (k,) of the trained network at X (k, d), in the units of y.
 
-        O(k d n_live) with init="antisymmetric", whose dead neurons cancel; O(k d m) otherwise, and
-        with search="dense". init="gaussian" draws the weights of dead neurons again, and a very
-        wide network those of live ones that it does not hold, O(n d) each.
+        O(k d n_live), shared by all ranks, with init="antisymmetric", whose dead neurons cancel;
+        O(k d m) otherwise, and with search="dense". init="gaussian" draws the weights of dead
+        neurons again, and a very wide network those of live ones that it does not hold, O(n d)
+        each.
         """
-        network = self._trained_network()
-        with network.start.ranks.together() as ranks:
+        with self._at_whole_step() as ranks:
             X = self._scales.unit_rows(_check_features(X, self))
             ranks.agree({"X": X})
             ranks.lengthen(2 * len(X))
-            return self._scales.outputs(network.outputs(X))
+            return self._scales.outputs(self._trained_network().outputs(X))
 
     @_quiet
     def score(self, X, y, sample_weight=None):
@@ -5270,11 +5308,14 @@ class SublinearTrainer:
     @_quiet
     def weights(self):
         """Hidden weights now (m, d) float64, on every rank; d counts the coordinate that
-        normalize="lift" appends. Collective. Once it has shown dead neurons they are fixed: a later fit on other points may wake them,
-        but not draw them anew. Raises MemoryError if the weights do not fit."""
-        network = self._trained_network()
-        with network.start.ranks.together():
-            weights = network.everywhere().all_weights()
+        normalize="lift" appends. Collective.
+
+        Once it has shown dead neurons they are fixed: a later fit on other points may wake them,
+        but not draw them anew. Raises MemoryError if the weights do not fit.
+        """
+        with self._at_whole_step():
+            network = self._trained_network()
+            weights = network.of_all_ranks().all_weights()
         self._remember_seen(network)
         return weights
 
@@ -5291,7 +5332,8 @@ class SublinearTrainer:
     @property
     def signs_(self):
         """Output signs (m,). Local."""
-        return self._trained_network().all_signs()
+        self._check_fitted()
+        return self._start.all_signs()
 
     def active_sets(self):
         """Neurons active on each training point now, those of all ranks: (indptr, indices), those
@@ -5299,15 +5341,28 @@ class SublinearTrainer:
         return _by_point(self._active_sets(), len(self._X))
 
     def _active_sets(self):
-        network = self._trained_network()
-        if self._search is None:
-            return network.active_sets(self._X)
-        with network.start.ranks.together():
+        with self._at_whole_step():
+            if self._search is None:
+                return self._network.active_sets(self._X)
             return self._search.active_sets()
 
-    @_quiet
+    def _at_whole_step(self):
+        """What is done in this context is done by all ranks, on the network as the last whole step
+        has left it."""
+        self._check_fitted()
+        return self._start.ranks.together()
+
+    @property
+    def _start(self):
+        """The starting weights of the network, which know the ranks that share it."""
+        return self._network.start if self._search is None else self._search.start
+
     def _trained_network(self):
-        """The network as the last whole step has left it."""
+        return self._network if self._search is None else self._search.network()
+
+    @_quiet
+    def _check_fitted(self):
+        """Raises unless there is a network, and takes back what there is of a step."""
         if not hasattr(self, "history_"):
             error = _of_sklearn("NotFittedError", AttributeError)
             raise error("this SublinearTrainer is not fitted yet; call fit(X, y) first")
@@ -5317,12 +5372,11 @@ class SublinearTrainer:
                 "the callback, which is called between steps"
             )
         self._roll_back()
-        return self._network if self._search is None else self._search.network()
 
     @property
     def loss_curve_(self):
         """The losses of history_, as MLPRegressor has them."""
-        self._trained_network()
+        self._check_fitted()
         return [record["loss"] for record in self.history_]
 
     @_quiet
@@ -5333,9 +5387,8 @@ class SublinearTrainer:
         Makes the weights: m d numbers, O(n m d). A product within rounding of the threshold may
         count as either.
         """
-        network = self._trained_network()
-        with network.start.ranks.together():
-            W, signs = network.everywhere().all_weights(), self.signs_
+        with self._at_whole_step():
+            W, signs = self._trained_network().of_all_ranks().all_weights(), self.signs_
             if self._search is not None:
                 self._search.check()
         X, shift = self._X, self.shift_
@@ -5365,16 +5418,16 @@ class SublinearTrainer:
 
     def save(self, path):
         """Writes the trained network to the file `path`, an npz without pickled objects.
-        Collective: rank 0 writes one file, the same as one process writes.
+        Collective: rank 0 writes one file, the same, but for seconds, as one process writes.
 
         It holds the weights of live neurons (n_live, d), and those of all (m, d) with
         init="gaussian" or search="dense"; the training points, options and history. A kill at any
         moment leaves the old file or the new one, whole. A callback is not saved, and of
         random_state its seed.
         """
-        with self._trained_network().start.ranks.together():
+        with self._at_whole_step() as ranks:
             self._check_options()  # which may have been set since, and load will check them
-            _save(self, path)
+            _save(self, path, ranks)
 
     @classmethod
     def load(cls, path):
@@ -5388,14 +5441,13 @@ class SublinearTrainer:
         return _load(cls, path)
 
     def __getstate__(self):
-        """What pickle and copy take: the network, which predicts the same to the bit, and all
-        options; not the search, which is made again where training goes on. Collective: what is
-        spread over ranks is copied whole, with comm=None."""
+        """Collective. What pickle and copy take: the network, which predicts the same to the bit,
+        and all options; not the search, which is made again where training goes on. What is spread
+        over ranks is copied whole, with comm=None."""
         if not hasattr(self, "history_"):
             return vars(self)
-        network = self._trained_network()
-        with network.start.ranks.together() as ranks:
-            network = network.everywhere()
+        with self._at_whole_step() as ranks:
+            network = self._trained_network().of_all_ranks()
         held = {"_network": network, "_search": None, "_unfinished": None}
         return {**vars(self), **held, "comm": self.comm if ranks.size == 1 else None}
 
@@ -5920,7 +5972,8 @@ def _join(locks):
 
 
 def _in_threads(task, work, most=CHUNKS):
-    """[task(thread, low, high), ...] for shares low, ..., high - 1 of the CHUNKS, in their order.
+    """[task(thread, low, high), ...] in order: the CHUNKS are divided into shares, and a task is
+    given the chunks low, ..., high - 1 of one.
 
     Runs on this thread alone if `work`, the numbers touched, is below 2^16, since to wake others
     takes as long as that; else on as many as numba.get_num_threads() says, `most` at most, numbered
@@ -5983,10 +6036,11 @@ def _map_in_threads(task, items, work):
     return [found for share in _in_threads(of_share, work) for found in share]
 
 
-def _sum_over_chunks(kernel, size, total, work, *arguments):
-    """The sum of what kernel(*arguments, edges, totals) adds to the rows of totals, one for each
-    chunk of so many items, which `edges` divide; each row is as `total`, all zeros, is."""
-    edges, totals = _edges(size), np.zeros((CHUNKS, *total.shape), total.dtype)
+def _sum_over_chunks(kernel, size, like, work, *arguments):
+    """The sum over chunks of what kernel(*arguments, edges, totals) adds to totals, which are zeros
+    (CHUNKS, ...), of shape and type `like` for each chunk; chunk c has the items edges[c], ...,
+    edges[c + 1] - 1 of so many."""
+    edges, totals = _edges(size), np.zeros((CHUNKS, *like.shape), like.dtype)
 
     def of_share(_, low, high):
         kernel(*arguments, edges[low : high + 1], totals[low:high])
@@ -5995,6 +6049,7 @@ def _sum_over_chunks(kernel, size, total, work, *arguments):
     return totals.sum(axis=0)
 
 
+# Who wants BLAS on one thread, and the numbers of threads before.
 _blas = {"users": set(), "before": None, "lock": threading.Lock()}
 
 
@@ -6058,10 +6113,11 @@ class _Ranks:
     """The processes of a communicator, this one's number among them being `rank`. Without a
     communicator, or with one of a single process, nothing is sent.
 
-    What they do together is in stretches, together(), in which each sends the same messages. The
-    next message of every rank is always a sum of `_length` integers, of which the first counts
-    ranks that have failed: whoever fails sends that instead, so that nobody waits for it. Other
-    kinds of messages follow such a sum. Interrupts by SIGINT wait for the next message, too.
+    What they do together is in stretches, see together(), in which all send the same messages.
+    Every message is, or follows, a sum of `_length` integers: how many ranks have failed, a
+    checksum of what must be alike, and the numbers. A rank that fails sends a 1 in the first place
+    in place of its next message, so that nobody waits for it, and then its error as text. SIGINT
+    is noted, and raised before the next message.
     """
 
     def __init__(self, comm=None):
@@ -6070,19 +6126,21 @@ class _Ranks:
         self._length = 0  # of the next message: 0 outside of such stretches
         self._interrupted, self._told = False, None  # the error that all ranks have been told of
 
-    def share(self, count):
+    def own_blocks(self, count):
         """Which of `count` blocks are this rank's."""
         return range(self.rank, count, self.size)
 
     @contextmanager
     def together(self):
-        """A stretch that all ranks are in. Whatever ends it on one rank ends it on all."""
+        """A stretch that all ranks enter and leave: what ends it on one rank ends it on all. One
+        may be within another, as predict in a callback of fit: it begins with a message of the
+        outer one, for a rank that has failed before."""
         if self.size == 1:
             yield self
             return
         outer = self._length
         if outer:
-            self.sum()  # whoever has failed meanwhile sends what the outer stretch expects
+            self.sum()
         try:
             self._length = 2
             with nullcontext() if outer else self._interrupts_noted():
@@ -6104,6 +6162,7 @@ class _Ranks:
         def note(*_):
             self._interrupted = True
 
+        # A handler of the caller's is left alone: it may raise in the middle of a message.
         in_main = threading.current_thread() is threading.main_thread()
         usual = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         try:
@@ -6113,6 +6172,7 @@ class _Ranks:
         finally:
             if usual:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.raise_interrupt()  # one that came during the last message
 
     def raise_interrupt(self):
         """Raises the interrupt that has been noted, if any."""
@@ -6125,16 +6185,16 @@ class _Ranks:
         self._length = numbers + 2
 
     def sum(self, *arrays, alike=b""):
-        """Sums of arrays of integers over all ranks. `alike` are bytes that must be the same on
-        all."""
+        """Sums of arrays of integers over all ranks; in one process the arrays themselves. `alike`
+        are bytes that must be the same on all."""
         if self.size == 1:
             return arrays
         self.raise_interrupt()
         own, total = np.zeros((2, self._length), np.int64)
-        own[1], first = zlib.crc32(alike), 2
-        for array in arrays:
-            own[first : first + array.size] = array.ravel()
-            first += array.size
+        ends = 2 + np.cumsum([0, *(array.size for array in arrays)])
+        own[1], places = zlib.crc32(alike), [slice(*some) for some in pairwise(ends)]
+        for place, array in zip(places, arrays, strict=True):
+            own[place] = array.ravel()
         self.comm.Allreduce(own, total)
         if total[0]:
             self._told = self._error_of_others()
@@ -6144,18 +6204,21 @@ class _Ranks:
                 "ranks have computed other bits from the same numbers; run all of them on machines "
                 "of one kind, with the same versions of NumPy and SciPy and as many BLAS threads"
             )
-        ends = np.cumsum([2, *(array.size for array in arrays)])
-        parts = (total[low:high] for low, high in pairwise(ends))
-        return tuple(p.reshape(array.shape) for p, array in zip(parts, arrays, strict=True))
+        both = zip(places, arrays, strict=True)
+        return tuple(total[place].reshape(array.shape) for place, array in both)
 
     def gather(self, *arrays):
-        """The arrays of all ranks, one after the other."""
+        """The arrays of all ranks, joined along the first axis in the order of ranks. Their lengths
+        may differ. Every rank gets them all."""
         arrays = [np.asarray(array) for array in arrays]
         if self.size == 1:
             return arrays
         self.sum()
         lengths = np.empty((self.size, len(arrays)), np.int64)
         self.comm.Allgather(np.array([len(array) for array in arrays]), lengths)
+        needed = sum(lengths.max(axis=0) * [array[:1].nbytes for array in arrays])
+        _check_memory("what all ranks hold", 2 * self.size * needed)
+        self.sum()  # a rank that has no room tells here
         found = []
         for array, sizes in zip(arrays, lengths.T, strict=True):
             own = np.zeros((sizes.max(), *array.shape[1:]), array.dtype)
@@ -6172,11 +6235,11 @@ class _Ranks:
             return
 
         def digest(value):
-            is_array = isinstance(value, np.ndarray)
-            text = (value.shape, value.tobytes()) if is_array else value
-            return int.from_bytes(
-                hashlib.blake2b(repr(text).encode(), digest_size=8).digest(), "little"
-            )
+            if isinstance(value, np.ndarray):
+                content = repr(value.shape).encode() + value.tobytes()
+            else:
+                content = repr(value).encode()
+            return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
         own = np.array([digest(value) for value in values.values()], np.uint64)
         (every,) = self.gather(own[None])
@@ -6187,7 +6250,7 @@ class _Ranks:
                     f"{name} must be the same on all ranks, but rank {others[0]} has another than "
                     f"rank 0; pass all of them the same"
                 )
-                raise self._told
+                raise self._told  # which all ranks find for themselves
 
     def _confess(self, error):
         """Tells the other ranks that this one has failed."""
@@ -6210,9 +6273,11 @@ class _Ranks:
         texts = self._texts("")
         rank = next(rank for rank, text in enumerate(texts) if text)
         kind, _, text = texts[rank].partition("|")
-        kinds = {kind.__name__: kind for kind in (ValueError, TypeError, KeyboardInterrupt)}
         text = f"rank {rank} was ended by {kind}{': ' if text else ''}{text}"
-        return kinds.get(kind, RuntimeError)(text)
+        for same in (ValueError, TypeError, KeyboardInterrupt):
+            if kind == same.__name__:
+                return same(text)
+        return RuntimeError(text)
 
 
 # ==================================================================================================

@@ -2804,7 +2804,7 @@ def test_steps_with_a_ridge_are_those_of_plain_numpy(search, init, ridge):
     for W, record, (net, dual) in zip(seen, fitted.history_, expected, strict=True):
         np.testing.assert_allclose(W, net.W, rtol=1e-8, atol=1e-10)
         assert record["residual"] == pytest.approx(net.residual(y), rel=1e-9)
-        error = net.outputs - y - ridge * fitted._unit * dual
+        error = net.outputs - y - ridge * fitted._mean_diagonal * dual
         relative = np.linalg.norm(error) / np.linalg.norm(y)
         assert record["system_residual"] == pytest.approx(relative, rel=1e-7, abs=1e-12)
     np.testing.assert_allclose(fitted._dual, expected[-1][1], rtol=1e-8, atol=1e-10)
@@ -4843,6 +4843,23 @@ def test_an_interrupt_of_one_process_ends_the_whole_run_with_the_cause(tmp_path)
     assert output.count("rank 1 was ended by KeyboardInterrupt") >= 2
 
 
+def test_the_script_on_ranks_in_the_readme_runs_word_for_word(tmp_path):
+    section = (HERE / "README.md").read_text("utf-8").partition("## Many processes")[2]
+    script = re.search(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[1]
+    assert len([line for line in script.splitlines() if line]) == 6
+    command = re.search(r"`(mpiexec [^`]*)`", section)[1]
+    assert command == "mpiexec -n 2 python fit.py"
+    shutil.copy(HERE / "sublin.py", tmp_path)
+    (tmp_path / "fit.py").write_text(script)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(command.split(), env=os.environ | {"PATH": path}, **options)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    first, second = sorted(re.findall(r"rank \d of \d: residual \S{5}", done.stdout))
+    assert first.startswith("rank 0 of 2") and second.startswith("rank 1 of 2")
+    assert first[-5:] == second[-5:] and float(first[-5:]) < 1e-6
+
+
 class Lonely:
     """A communicator of one process, of which nothing may be asked."""
 
@@ -4881,14 +4898,14 @@ def test_neurons_that_are_spread_stay_with_their_ranks():
 @thorough
 def test_whole_numbers_add_up_to_the_sum_in_any_order(numbers, power):
     bound = 3.0 * 2.0**power
-    ones, numbers = sublin._ones(bound, 60), np.array(numbers) * 2.0**power
+    ones, numbers = sublin._resolution(bound, 60), np.array(numbers) * 2.0**power
     forth, back = np.zeros((2, 2, 1), np.int64)
     for x in numbers:
-        sublin._add_whole(forth, 0, x, ones)
+        sublin._add_fixed(forth, 0, x, ones)
     for x in numbers[::-1]:
-        back += sublin._to_whole(np.array([x]), ones)
+        back += sublin._to_fixed(np.array([x]), ones)
     assert np.array_equal(forth, back)
-    error = abs(sublin._from_whole(forth, ones)[0] - math.fsum(numbers))
+    error = abs(sublin._from_fixed(forth, ones)[0] - math.fsum(numbers))
     assert error <= 2.0**-52 * np.abs(numbers).sum() + 2.0**-70 * bound
 
 
