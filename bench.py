@@ -2551,7 +2551,7 @@ def message_seconds(comm, n, times=100):
     """Of one all-reduce as large as that of a step, the median of some."""
     if comm is None or comm.size == 1:
         return 0.0
-    sent, received = np.zeros((2, n * n + 2 * n + 6), np.int64)
+    sent, received = np.zeros((2, n * n + 2 * n + 7), np.int64)
     seconds = []
     for _ in range(times):
         begin = time.perf_counter()

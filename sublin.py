@@ -538,6 +538,12 @@ class _Start(NamedTuple):
         drawn = 4.0 * LARGEST_NORMAL * math.sqrt(self.d)
         return drawn if self.stored is None else max(drawn, _longest(self.stored[0]))
 
+    @property
+    def own_width(self):
+        """How many of the neurons are this rank's, or nearly."""
+        blocks = self.ranks.own_blocks(-(-self.width // self.block_size))
+        return min(len(blocks) * self.block_size, self.width)
+
     def owns(self, neurons):
         """Which of some neurons are this rank's."""
         return neurons // self.block_size % self.ranks.size == self.ranks.rank
@@ -632,6 +638,7 @@ def _in_groups(of_block, blocks, count, size, report):
         with _one_blas_thread():
             made = _map_in_threads(of_block, some, len(some) * size)
         done += len(some)
+        _raise_interrupt()
         yield min(done / count, 1.0), made
         report(min(done / count, 1.0))
 
@@ -1475,6 +1482,11 @@ class SparseJacobian(LinearOperator):
         O(n^2 + sum over r of |act(r)|^2), or O(n^2 |K| / 64) where that is less."""
         return _gram(self._XXt, _coactivity(self.active, len(self.X)), self.width)
 
+    @property
+    def size_of_K(self):
+        """|K|, how many neurons are active on some point."""
+        return self.active.neurons.size
+
     def active_counts(self):
         """|Q_i| for every point (n,)."""
         return np.bincount(self.active.points, minlength=len(self.X))
@@ -1717,7 +1729,7 @@ def _singular_error(J, otherwise=""):
         cause = f"points {twins[0, 1]} and {twins[0, 0]} coincide ({len(twins)} such pairs)"
         remedy = "distinct points"
     else:
-        cause = f"{len(J.X)} points share {J.active.neurons.size} active neurons of {J.width}, too "
+        cause = f"{len(J.X)} points share {J.size_of_K} active neurons of {J.width}, too "
         cause += f"few to tell them apart{f' ({otherwise})' if otherwise else ''}"
     return np.linalg.LinAlgError(
         f"the Gram matrix is singular: {cause}; use {remedy}, or damping > 0 (try 1e-6)"
@@ -2009,6 +2021,16 @@ def _outputs_of(X, W, signs, shift):
     return np.concatenate([np.maximum(x @ W.T - shift, 0.0) @ signs for x in parts])
 
 
+# Neurons that ranks send at a time where they are dealt out anew.
+DEALT = 1 << 19
+
+
+def _in_order(numbers, *arrays):
+    """Numbers of neurons, ascending, and arrays with an entry for each, in that order."""
+    order = np.argsort(numbers)
+    return [array[order] for array in (numbers, *arrays)]
+
+
 class _Network(NamedTuple):
     """A trained network, for predictions: weights of this rank's live neurons, and how others are
     drawn."""
@@ -2037,7 +2059,9 @@ class _Network(NamedTuple):
             edges = [0, *edges, self.live.size]
 
             def of_held(part):
-                return of_block(self.weights[slice(*part)].astype(float), self.signs[slice(*part)])
+                return of_block(
+                    self.weights[slice(*part)].astype(float, copy=False), self.signs[slice(*part)]
+                )
 
             groups = _in_groups(of_held, pairwise(edges), len(edges), X.size, _to_nobody)
         else:
@@ -2060,13 +2084,27 @@ class _Network(NamedTuple):
         live, weights, signs = _in_order(*map(np.concatenate, held))
         return self._replace(live=live, signs=signs, weights=weights, clear=None)
 
-    def of_all_ranks(self):
-        """This network with the live neurons of all ranks, as one process has it."""
+    def dealt(self, keep):
+        """Those of the neurons that all ranks hold, together, for which keep(numbers) is true:
+        numbers, weights and signs. A part is sent at a time."""
+        ranks, found = self.start.ranks, []
+        (sizes,) = ranks.gather([self.live.size])
+        size = max(1, DEALT // ranks.size)
+        for low in range(0, sizes.max() + 1, size):  # one part at least
+            held = self.live, self.weights, self.signs
+            part = ranks.gather(*(array[low : low + size] for array in held))
+            kept = keep(part[0])
+            found.append([array[kept] for array in part])
+        return _in_order(*map(np.concatenate, zip(*found, strict=True)))
+
+    def of_all_ranks(self, kept=True):
+        """This network with the live neurons of all ranks, as one process has it; or with none, for
+        a rank that only takes part."""
         ranks = self.start.ranks
         if ranks.size == 1:
             return self
-        *held, longest = ranks.gather(self.live, self.weights, self.signs, [self.longest])
-        live, weights, signs = _in_order(*held)
+        live, weights, signs = self.dealt(lambda neurons: np.full(neurons.size, kept))
+        (longest,) = ranks.gather([self.longest])
         start, clear = self.start._replace(ranks=_Ranks()), self.clear
         if clear is not None:
             (counts,) = ranks.gather(np.array([clear.count]))
@@ -2124,16 +2162,6 @@ class _Network(NamedTuple):
 # reason, and again when undo() itself was.
 
 
-# Neurons that each rank sends at a time where they are dealt out anew.
-DEALT = 1 << 17
-
-
-def _in_order(numbers, *arrays):
-    """Numbers of neurons, ascending, and arrays with an entry for each, in that order."""
-    order = np.argsort(numbers)
-    return [array[order] for array in (numbers, *arrays)]
-
-
 class _Moved(NamedTuple):
     """This rank's neurons whose weights come from an earlier fit: all that it held, its live ones,
     or all m after "dense", whether or not they have moved."""
@@ -2151,20 +2179,12 @@ class _Moved(NamedTuple):
 
     @classmethod
     def of(cls, network, start):
-        """This rank's share, for a search from `start`, of the neurons that a network holds. Each
-        rank hears of those of all, a part at a time."""
+        """This rank's share, for a search from `start`, of the neurons that a network holds."""
         network, ranks = network.with_clear_held(), network.start.ranks
         if ranks.size == start.ranks.size == 1:
             return cls(network.live, network.weights, network.signs, network.longest)
-        sizes, longest = ranks.gather(np.array([network.live.size]), np.array([network.longest]))
-        found = []
-        for low in range(0, sizes.max() + 1, DEALT):  # one part at least
-            held = network.live, network.weights, network.signs
-            part = ranks.gather(*(array[low : low + DEALT] for array in held))
-            mine = start.owns(part[0])
-            found.append([array[mine] for array in part])
-        held = _in_order(*map(np.concatenate, zip(*found, strict=True)))
-        return cls(*held, longest.max())
+        (longest,) = ranks.gather([network.longest])
+        return cls(*network.dealt(start.owns), longest.max())
 
 
 def _with_live_pairs(moved, start, report):
@@ -3364,11 +3384,16 @@ class _CountedJacobian(SparseJacobian):
     def _signs(self):
         return self._active_and_signs[1]
 
+    @property
+    def size_of_K(self):
+        return self._search.changing
+
     def active_counts(self):
         return np.diag(self._search.counts)
 
     def gram_times(self, v):
-        return self._search.gram @ v
+        with _one_blas_thread():
+            return self._search.gram @ v
 
     def gram(self):
         return self._search.gram
@@ -3443,6 +3468,8 @@ class _ByCounts(_Search):
     def _go_to(self, sums):
         """Makes `sums` the s of a new moment, and adds to D."""
         first, now, all_sums, distance, longest = self._moments
+        if now + 1 - first == len(all_sums):  # after steps that were broken off
+            all_sums = np.concatenate([all_sums, np.zeros_like(all_sums)])
         all_sums[now + 1 - first] = sums
         moves = np.abs(sums - self._sums) * self._geometry.unit
         # D is rounded up, and certificates down
@@ -3459,7 +3486,7 @@ class _ByCounts(_Search):
         self._go_to(sums)
         self._look_around()
         if full:
-            last = np.zeros_like(self._moments.sums)
+            last = np.zeros((MOMENTS, len(sums)))
             last[0] = self._sums
             self._moments = self._moments._replace(first=self._moments.now, sums=last)
 
@@ -3509,9 +3536,11 @@ class _ByCounts(_Search):
         return self.flips - before
 
     def _batches(self, neurons, size):
-        """Slices of a list of neurons, each of one block and `size` long at most. A product of
-        matrices has the same bits on any rank only if the same neurons are in it."""
-        edges = np.flatnonzero(np.diff(self.live[neurons] // self._block_size)) + 1
+        """Slices of a list of neurons, each of one block, on one side of the _seam between neurons
+        that had moved at the start and others, and `size` long at most. A product of matrices has
+        the same bits on any rank only if the same neurons are in it."""
+        parts = 2 * (self.live[neurons] // self._block_size) + (neurons >= self._seam)
+        edges = np.flatnonzero(np.diff(parts)) + 1
         blocks = pairwise([0, *edges.tolist(), neurons.size])
         return [
             slice(low, min(low + size, end))
@@ -3590,8 +3619,9 @@ class _Lazy(_ByCounts):
     def _lean_sieve(self, live_blocks, y, reach):
         """A sieve that lets near neurons through only, if at most half of the live ones are."""
         if reach is None:
-            H = shifted_ntk(self.X, self.shift) + 1e-12 * np.eye(len(y))
-            pulled = np.abs(scipy.linalg.solve(H, y, assume_a="sym")) * self._geometry.unit
+            with _one_blas_thread():
+                H = shifted_ntk(self.X, self.shift) + 1e-12 * np.eye(len(y))
+                pulled = np.abs(scipy.linalg.solve(H, y, assume_a="sym")) * self._geometry.unit
             reach = REACH * pulled + LEAST_REACH * pulled.mean()
         if not np.isfinite(reach).all():
             return self._sieve
@@ -3624,7 +3654,7 @@ class _Lazy(_ByCounts):
             stack.add(stretches, done)
             self._left_out += sum(stretch.left_out for stretch in stretches)
             self._clear_counts = self._clear_counts + sum(stretch.counts for stretch in stretches)
-        self._n_drawn, size = stack.sizes["rows"], moved.numbers.size
+        self._seam, size = stack.sizes["rows"], moved.numbers.size
         empty = np.zeros(size, ROW), np.full(size, np.inf)
         stack.add([_LiveStart(moved.weights, moved.numbers, moved.signs, *empty)], 1.0)
         arrays = {name: array[: stack.sizes[name]] for name, array in stack.arrays.items()}
@@ -3635,11 +3665,11 @@ class _Lazy(_ByCounts):
         rows["sign"] = self.signs
         pairs = stack.arrays["points"], stack.arrays["products"]
         self._live = LiveRows(rows, arrays["certificates"], *pairs)
-        moved_ones = np.arange(self._n_drawn, self.live.size)
+        moved_ones = np.arange(self._seam, self.live.size)
         for neurons, products in self._all_products(moved_ones):
             margins = np.full(neurons.size, self._margin)
             self._place(neurons, products, products >= self.shift, margins)
-        where = self._live, self._geometry, self._moments, self._n_drawn
+        where = self._live, self._geometry, self._moments, self._seam
         _over_items(_certify_all, size, 4 * len(self.X) * size, *where)
 
     def _place(self, neurons, products, active, margins):
@@ -3822,7 +3852,7 @@ class _Lazy(_ByCounts):
             blocks = _LiveBlocks(self._sieve.start, NOBODY)
             start = blocks.vectors(self.live[neurons] // 2).astype(float)
         else:  # vectors of neurons that were drawn are shared; others have one each
-            drawn = np.minimum(neurons, self._n_drawn)
+            drawn = np.minimum(neurons, self._seam)
             start = self._vectors[drawn // self._copies + (neurons - drawn)].astype(float)
         pairs = _active_pairs(self._live, neurons)
         gamma = self._ledger.gamma(neurons, *pairs, self._sums)
@@ -4109,7 +4139,7 @@ class _InWords(_ByCounts):
         self._X32, self._log = self.X.astype(np.float32), []
         if may_wake and self.start.draws_live:
             moved, may_wake = _with_live_pairs(moved, self.start, report), False
-        self.live = moved.numbers
+        self.live, self._seam = moved.numbers, moved.numbers.size
         blocks = [slice(0), *self._batches(np.arange(self.live.size), self.width)]
         with _one_blas_thread():
             found = [self._live_of(*(array[some] for array in moved[:3]), True) for some in blocks]
@@ -4431,7 +4461,8 @@ SAVED = (
 def _save(trainer, path, ranks):
     """Writes a trainer as an npz file without pickled objects, whose checksums notice damage. Of
     the ranks that share it the first one writes."""
-    network, scales = trainer._trained_network().of_all_ranks(), trainer._scales
+    network, scales = trainer._trained_network(), trainer._scales
+    network = network.of_all_ranks(kept=ranks.rank == 0)
     if ranks.rank > 0:
         return
     start = network.start
@@ -4670,7 +4701,6 @@ class _Progress:
 
     def drawn(self, share):
         """Told the share of neurons drawn: shown about once a second."""
-        self.ranks.raise_interrupt()
         now = time.perf_counter()
         due = now - self._last > 1.0 or (self._bar is not None and share == 1.0)
         if self.verbose and due:
@@ -4789,7 +4819,7 @@ class SublinearTrainer:
         TypeError or KeyboardInterrupt if it was that, else RuntimeError, and name the rank and the
         cause. An interrupt waits for the next message. Only rank 0 prints, and warns of how
         training ended. If the callback of any rank returns True, training stops on all.
-        Each rank sends 8 (n^2 + 2 n + 6) bytes at the start, for each step tried, once or twice at
+        Each rank sends 8 (n^2 + 2 n + 7) bytes at the start, for each step tried, once or twice at
         the end, and for each record if any rank has a callback; all of them again where the search
         begins again with a wider reach. "sketch" and "richardson" send all active pairs to all
         ranks in every step; weights, save, pickle and a warm start on other points send all that is
@@ -4931,16 +4961,25 @@ class SublinearTrainer:
         whether any rank has a callback."""
         if ranks.size == 1:
             return seed, self.callback is not None
-        same = {"X": X, "y": y, **self.get_params()}
+        same = {"X": X, "y": y, "warm_start": self.warm_start, **self.get_params()}
         for name in ("comm", "callback", "verbose"):
             del same[name]
         same["random_state"] = None if self.random_state is None else seed
-        if hasattr(self, "history_") and self.warm_start:
-            told = [[record[key] for key in ("residual", "flips")] for record in self.history_]
-            same["the network of the last fit"] = told, self.shift_, self._dual.tobytes()
+        goes_on = self.warm_start and hasattr(self, "history_")
+        same["the network of the last fit"] = self._told_apart() if goes_on else None
         ranks.agree(same)
         seeds, given = ranks.gather(np.array([seed or 0], np.uint64), [self.callback is not None])
         return int(seeds[0]), bool(given.any())
+
+    def _told_apart(self):
+        """What tells the network from those of other ranks that cannot go on with it."""
+        start, law = self._start, self._start.law
+        known = self.n_iter_, self.residual_, self.shift_, start.seed, self._X, self._dual
+        known += () if law is None else (law.seen, law.points)
+        if start.ranks.size > 1:
+            return known
+        network = self._trained_network()
+        return (*known, network.live, network.weights)
 
     def _begin(self, X, y, shift, names, seed, ranks, progress):
         """A new network."""
@@ -5050,7 +5089,7 @@ class SublinearTrainer:
         have moved from the start; `may_wake` is whether others may be live, which must be drawn
         then."""
         kind, dtype = _search_class(self.search, X, start.width, shift), np.dtype(self.dtype)
-        kind.check_memory(X, start.width, dtype)
+        kind.check_memory(X, start.own_width, dtype)
         if self.search != "lazy" and start.law is not None:  # dead neurons, too, are held, and seen
             if may_wake and start.draws_live:
                 moved = _with_live_pairs(moved, start, progress.drawn)
@@ -5064,7 +5103,8 @@ class SublinearTrainer:
     def _train(self, progress):
         """Steps until the residual is at most tol, or at the floor of rounding, or max_iter of
         them. Returns how it ended."""
-        solver, damping = self._new_solver(), _Damping(self.damping)
+        with _one_blas_thread():
+            solver, damping = self._new_solver(), _Damping(self.damping)
         last, rounding = self.n_iter_ + self.max_iter, self._rounding()
         while not self.converged_ and self.n_iter_ < last and np.isfinite(self._system):
             before = self._system
@@ -6108,23 +6148,52 @@ COMM = "Allreduce", "Allgather", "rank", "size"
 # What a rank can tell of an error, in bytes.
 TEXT = 1000
 
+# Numbers at the head of a message: how many ranks have failed, and the sums of a checksum of what
+# must be alike and of its square, from which every rank sees whether all have sent the same.
+HEAD = 3
+
+_interrupts = {"noted": False}
+
+
+def _raise_interrupt():
+    """Raises the interrupt that has been noted, if any, see _Ranks."""
+    if _interrupts["noted"]:
+        _interrupts["noted"] = False
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupts_noted():
+    """Notes interrupts by SIGINT, for _raise_interrupt. A handler of the caller's is left alone: it
+    may raise in the middle of a message."""
+    in_main = threading.current_thread() is threading.main_thread()
+    usual = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        if usual:
+            signal.signal(signal.SIGINT, lambda *_: _interrupts.update(noted=True))
+        yield
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    _raise_interrupt()  # one that came during the last message
+
 
 class _Ranks:
     """The processes of a communicator, this one's number among them being `rank`. Without a
     communicator, or with one of a single process, nothing is sent.
 
     What they do together is in stretches, see together(), in which all send the same messages.
-    Every message is, or follows, a sum of `_length` integers: how many ranks have failed, a
-    checksum of what must be alike, and the numbers. A rank that fails sends a 1 in the first place
-    in place of its next message, so that nobody waits for it, and then its error as text. SIGINT
-    is noted, and raised before the next message.
+    Every message is, or follows, a sum of integers, HEAD and then others, of a length that all
+    know. A rank that fails sends a 1 in the first place in place of its next message, so that
+    nobody waits for it, and then its error as text. SIGINT is noted, and raised before the next
+    message, or between blocks that are drawn.
     """
 
     def __init__(self, comm=None):
         self.comm = None if comm is None or comm.size == 1 else comm
         self.rank, self.size = (0, 1) if self.comm is None else (comm.rank, comm.size)
-        self._length = 0  # of the next message: 0 outside of such stretches
-        self._interrupted, self._told = False, None  # the error that all ranks have been told of
+        self._buffers = None  # of the next message, (2, its length); None outside of stretches
+        self._told = None  # the error that all ranks have been told of in this stretch
 
     def own_blocks(self, count):
         """Which of `count` blocks are this rank's."""
@@ -6134,78 +6203,59 @@ class _Ranks:
     def together(self):
         """A stretch that all ranks enter and leave: what ends it on one rank ends it on all. One
         may be within another, as predict in a callback of fit: it begins with a message of the
-        outer one, for a rank that has failed before."""
+        outer one, for a rank that has failed before, and what ends it may be caught."""
         if self.size == 1:
             yield self
             return
-        outer = self._length
-        if outer:
-            self.sum()
+        outer = self._buffers
+        if outer is not None:
+            self.sum(alike=b"a stretch within another")
         try:
-            self._length = 2
-            with nullcontext() if outer else self._interrupts_noted():
+            self.lengthen(0)
+            with nullcontext() if outer is not None else _interrupts_noted():
                 try:
                     yield self
                     self.sum()  # all have come to the end
                 except BaseException as error:
-                    if error is not self._told:
+                    if self._told is None:
                         self._confess(error)
                     raise
         finally:
-            self._length = outer
-
-    @contextmanager
-    def _interrupts_noted(self):
-        """Notes interrupts, so that they are raised between messages only."""
-        self._interrupted = False
-
-        def note(*_):
-            self._interrupted = True
-
-        # A handler of the caller's is left alone: it may raise in the middle of a message.
-        in_main = threading.current_thread() is threading.main_thread()
-        usual = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        try:
-            if usual:
-                signal.signal(signal.SIGINT, note)
-            yield
-        finally:
-            if usual:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.raise_interrupt()  # one that came during the last message
-
-    def raise_interrupt(self):
-        """Raises the interrupt that has been noted, if any."""
-        if self._interrupted:
-            self._interrupted = False
-            raise KeyboardInterrupt
+            self._buffers, self._told = outer, None
 
     def lengthen(self, numbers):
         """From now on messages have room for so many numbers."""
-        self._length = numbers + 2
+        if self.size > 1:
+            self._buffers = np.zeros((2, HEAD + numbers), np.int64)
 
     def sum(self, *arrays, alike=b""):
         """Sums of arrays of integers over all ranks; in one process the arrays themselves. `alike`
         are bytes that must be the same on all."""
         if self.size == 1:
             return arrays
-        self.raise_interrupt()
-        own, total = np.zeros((2, self._length), np.int64)
-        ends = 2 + np.cumsum([0, *(array.size for array in arrays)])
-        own[1], places = zlib.crc32(alike), [slice(*some) for some in pairwise(ends)]
+        if self._told is not None:
+            raise self._told
+        _raise_interrupt()
+        own, total = self._buffers
+        ends = HEAD + np.cumsum([0, *(array.size for array in arrays)])
+        places, checksum = [slice(*some) for some in pairwise(ends)], zlib.crc32(alike) >> 8
+        own[:], own[1:HEAD] = 0, (checksum, checksum**2)
         for place, array in zip(places, arrays, strict=True):
             own[place] = array.ravel()
         self.comm.Allreduce(own, total)
-        if total[0]:
+        failed, sum_of_them, sum_of_squares = total[:HEAD].tolist()
+        if failed:
             self._told = self._error_of_others()
-            raise self._told
-        if total[1] != self.size * own[1]:
-            raise RuntimeError(
-                "ranks have computed other bits from the same numbers; run all of them on machines "
-                "of one kind, with the same versions of NumPy and SciPy and as many BLAS threads"
+        elif self.size * sum_of_squares != sum_of_them**2:
+            self._told = RuntimeError(
+                "ranks have computed other bits, or have made other calls; run all on machines of "
+                "one kind, with the same versions of NumPy and SciPy and as many threads of BLAS, "
+                "and let callbacks of all ranks make the same collective calls"
             )
+        if self._told is not None:
+            raise self._told
         both = zip(places, arrays, strict=True)
-        return tuple(total[place].reshape(array.shape) for place, array in both)
+        return tuple(total[place].reshape(array.shape).copy() for place, array in both)
 
     def gather(self, *arrays):
         """The arrays of all ranks, joined along the first axis in the order of ranks. Their lengths
@@ -6213,36 +6263,39 @@ class _Ranks:
         arrays = [np.asarray(array) for array in arrays]
         if self.size == 1:
             return arrays
-        self.sum()
+        self.sum(alike=repr([(array.dtype, array.shape[1:]) for array in arrays]).encode())
         lengths = np.empty((self.size, len(arrays)), np.int64)
         self.comm.Allgather(np.array([len(array) for array in arrays]), lengths)
         needed = sum(lengths.max(axis=0) * [array[:1].nbytes for array in arrays])
         _check_memory("what all ranks hold", 2 * self.size * needed)
-        self.sum()  # a rank that has no room tells here
-        found = []
-        for array, sizes in zip(arrays, lengths.T, strict=True):
-            own = np.zeros((sizes.max(), *array.shape[1:]), array.dtype)
+        messages = []
+        for array, longest in zip(arrays, lengths.max(axis=0), strict=True):
+            own = np.zeros((longest, *array.shape[1:]), array.dtype)
             own[: len(array)] = array
-            every = np.empty((self.size, *own.shape), array.dtype)
-            self.comm.Allgather(own, every)
-            parts = (part[:size] for part, size in zip(every, sizes, strict=True))
-            found.append(np.concatenate(list(parts)))
-        return found
+            messages.append((own, np.empty((self.size, *own.shape), array.dtype)))
+        self.sum()  # a rank that has no room for them tells here
+        for message in messages:
+            self.comm.Allgather(*message)
+        return [
+            np.concatenate([part[:size] for part, size in zip(every, sizes, strict=True)])
+            for (_, every), sizes in zip(messages, lengths.T, strict=True)
+        ]
 
     def agree(self, values):
-        """Raises ValueError on all ranks unless the values, by name, are the same on all."""
+        """Raises ValueError on all ranks unless the values, by name, are the same on all: arrays,
+        what repr tells apart, or tuples of these."""
         if self.size == 1:
             return
 
         def digest(value):
-            if isinstance(value, np.ndarray):
-                content = repr(value.shape).encode() + value.tobytes()
-            else:
-                content = repr(value).encode()
-            return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+            found = hashlib.blake2b(digest_size=8)
+            for part in value if isinstance(value, tuple) else (value,):
+                is_array = isinstance(part, np.ndarray)
+                found.update(repr(part.shape if is_array else part).encode())
+                found.update(np.ascontiguousarray(part) if is_array else b"")
+            return int.from_bytes(found.digest(), "little")
 
-        own = np.array([digest(value) for value in values.values()], np.uint64)
-        (every,) = self.gather(own[None])
+        (every,) = self.gather(np.array([[digest(value) for value in values.values()]], np.uint64))
         for name, digests in zip(values, every.T, strict=True):
             others = np.flatnonzero(digests != digests[0])
             if others.size:
@@ -6254,16 +6307,20 @@ class _Ranks:
 
     def _confess(self, error):
         """Tells the other ranks that this one has failed."""
-        own, total = np.zeros((2, self._length), np.int64)
+        text = type(error).__name__
+        with suppress(Exception):
+            text = f"{text}|{error}"
+        own, total = self._buffers
+        own[:] = 0
         own[0] = 1
         self.comm.Allreduce(own, total)
-        self._texts(f"{type(error).__name__}|{error}")
+        self._texts(text)
         self._told = error
 
     def _texts(self, text):
         """What every rank has to tell of its error; nothing where there is none."""
         own, every = np.zeros(TEXT, np.uint8), np.zeros((self.size, TEXT), np.uint8)
-        told = text.encode()[:TEXT]
+        told = text.encode(errors="replace")[:TEXT]
         own[: len(told)] = list(told)
         self.comm.Allgather(own, every)
         return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in every]
