@@ -2500,7 +2500,7 @@ ON_RANKS = """
 import json, time
 from mpi4py import MPI
 import bench
-samples = bench.spread_fits(bench.Counted(MPI.COMM_WORLD), {widths}, {runs})
+samples = bench.spread_fits(bench.Counted(MPI.COMM_WORLD), {widths})
 if MPI.COMM_WORLD.rank == 0:
     print(json.dumps(samples))
 """
@@ -2508,7 +2508,7 @@ if MPI.COMM_WORLD.rank == 0:
 IN_ONE = """
 import json
 import bench
-print(json.dumps(bench.spread_fits(None, {widths}, {runs})))
+print(json.dumps(bench.spread_fits(None, {widths})))
 """
 
 
@@ -2527,19 +2527,19 @@ class Counted:
         return counted
 
 
-def spread_fits(comm, widths, runs):
-    """On each rank: fits of every width in turns; and seconds of a message of a step."""
+def spread_fits(comm, widths):
+    """On each rank: a fit of every width; and seconds of a message of a step."""
     n, d = SPREAD
     X, y = random_unit_data(n, d)
     train(X, y, 1 << 18, tol=WHOLE, comm=comm)  # compiles
     samples = []
-    for run, width in product(range(runs), widths):
+    for width in widths:
         if comm:
             comm.comm.Barrier()
             comm.calls = comm.bytes = 0
         begin = time.perf_counter()
         net = train(X, y, width, tol=WHOLE, comm=comm)
-        sample = {"run": run, "seconds": time.perf_counter() - begin}
+        sample = {"seconds": time.perf_counter() - begin}
         sample |= {"drawing": net.init_seconds_, "steps": net.n_iter_, "live": net.n_live_}
         counts = {"calls": comm.calls, "bytes": comm.bytes} if comm else {}
         sample |= {"near": net._search.live.size, "message": message_seconds(comm, n), **counts}
@@ -2567,19 +2567,18 @@ def measure_ranks(quick):
     if mpiexec is None or importlib.util.find_spec("mpi4py") is None:
         raise SystemExit("bench.py ranks needs MPI: pip install mpi4py mpich")
     n, d = SPREAD
-    widths = [1 << k for k in ((22, 23, 24) if quick else SPREAD_WIDTHS)]
-    code = {"widths": widths, "runs": 1 if quick else 3}
+    code = {"widths": [1 << k for k in ((22, 23, 24) if quick else SPREAD_WIDTHS)]}
     cores = os.cpu_count()
     cases = [(0, 1), (0, cores)] + [(ranks, 1) for ranks in ((1, 2) if quick else (1, 2, 4))]
     samples = []
-    for ranks, threads in progress(cases, "ranks"):
+    for run, (ranks, threads) in progress(list(product(range(1 if quick else 5), cases)), "ranks"):
         environment = {"NUMBA_NUM_THREADS": str(threads)}
         if ranks:
             start = [mpiexec, "-n", str(ranks)]
             text = output_of(ON_RANKS.format(**code), *start, **environment)
         else:
             text = output_of(IN_ONE.format(**code), **environment)
-        case = {"n": n, "d": d, "ranks": ranks, "threads": threads, "cores": cores}
+        case = {"n": n, "d": d, "ranks": ranks, "threads": threads, "cores": cores, "run": run}
         samples += [{**case, **sample} for sample in json.loads(text)]
     return samples
 
@@ -2655,15 +2654,9 @@ def draw_ranks(samples):
         look = {"color": COLOURS[place % len(COLOURS)], "linewidth": 2}
         predicted = [model.seconds(width, int(ranks)) for ranks in many]
         axes.plot(many, predicted, linestyle=(0, (4, 3)), **look)
-        label = f"m = {power_label(width)}"
-        axes.annotate(
-            label,
-            (many[-1], predicted[-1]),
-            xytext=(6, 0),
-            color=look["color"],
-            textcoords="offset points",
-            va="center",
-        )
+        label, where_to = f"m = {power_label(width)}", {"xytext": (-10, 0)}
+        where_to |= {"textcoords": "offset points", "va": "center", "ha": "right"}
+        axes.annotate(label, (1, predicted[0]), color=look["color"], **where_to)
         if width in measured:
             ranks, seconds = ranks_seconds(samples, width)
             fair = ranks <= cores
@@ -2688,7 +2681,8 @@ def draw_ranks(samples):
     axes.legend(handles, texts, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlim(0.8, 4.0 * many[-1])
+    axes.set_xlim(0.25, 1.5 * many[-1])
+    axes.set_xticks(many[::2], many[::2])
     axes.set(xlabel="ranks of one thread", ylabel="seconds of a whole fit to 1e-6")
     axes.set_title(f"n = {model.n} random unit points, d = {model.d}")
     return figure
@@ -2716,6 +2710,7 @@ def number_ranks(samples):
         "ranks threads": f"{on[2] / together:.2f} times",
         "ranks messages": f"{two['calls']} messages, {two['bytes'] / 1024:.0f} KB in all",
         "ranks model": percent(max(errors)),
+        "ranks message": f"{1e6 * model.message:.1f} μs",
         "ranks far": " and ".join(far),
     }
 
