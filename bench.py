@@ -303,14 +303,13 @@ def below(axis, columns=2):
     axis.legend(ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
-def line_with_range(axis, samples, x, y, place, label, band=True, **options):
+def line_with_range(axis, samples, x, y, place, label, **options):
     """Medians as a line in the colour of that place in the palette, ranges over seeds as a band."""
     at, middle, low, high = medians(samples, x, y)
     look = {"color": COLOURS[place], "marker": MARKERS[place], "linewidth": 2, "markersize": 6}
     look |= {"label": label, **options}
     axis.plot(at, middle, **look)
-    if band:
-        axis.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    axis.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
 def map_axes(axis, counts, widths, title):
@@ -634,8 +633,7 @@ bench.train(X, y, 1 << 16, tol=bench.WHOLE)  # compiles
 begin = time.perf_counter()
 net = bench.train(X, y, {width}, tol=1e-9)
 seconds = time.perf_counter() - begin
-lines = open("/proc/self/status").read().splitlines()
-peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+peak = bench.peak_memory()
 near = net._search.live.size / net.n_live_
 print(json.dumps(dict(seconds=seconds, drawing=net.init_seconds_, gib=peak, live=net.n_live_,
                       near=near, residual=net.residual_)))
@@ -643,7 +641,7 @@ print(json.dumps(dict(seconds=seconds, drawing=net.init_seconds_, gib=peak, live
 
 
 def fit_in_numpy(X, y, width):
-    """A whole fit in plain NumPy, float32, by `sublin.reference`, to WHOLE or to its rounding."""
+    """A whole fit in plain NumPy, float32, by `sublin.reference`, to WHOLE, or for 8 steps."""
     rng = np.random.default_rng(0)
     X32, y32 = X.astype(np.float32), y.astype(np.float32)
     W = np.repeat(rng.standard_normal((width // 2, X.shape[1]), dtype=np.float32), 2, axis=0)
@@ -703,7 +701,7 @@ def whole_seconds(samples, n, method):
 
 
 def total_slope(samples, n, method, key="seconds"):
-    """Exponent of a lazy fit from m = 2^24 on, of the others over their last widths."""
+    """Exponent of a lazy fit from m = 2^24 on, of the others over their last three widths."""
     mine = where(samples, part="fits", n=n, method=method)
     widths, values, *_ = medians(mine, "width", key)
     wide = widths >= (min(1 << 24, widths[-2]) if method == "lazy" else widths[-3:][0])
@@ -767,10 +765,10 @@ def number_total(samples):
             ratio = seconds[name][widest] / seconds["lazy"][widest]
             numbers[f"{name} whole {n}"] = times(ratio)
         numbers[f"total slope {n}"] = f"{total_slope(samples, n, 'lazy'):.2f}"
-    greatest = max(where(samples, part="largest"), key=lambda s: s["width"] * s["d"])
-    numbers["greatest"] = (
-        f"{greatest['width'] * greatest['d']:.1e} parameters in {greatest['seconds']:.0f} s"
-    ).replace("e+", " × 10^")
+    greatest = max(where(samples, part="largest"), key=lambda s: s["width"] * s["d"], default=None)
+    if greatest:
+        text = f"{greatest['width'] * greatest['d']:.1e} parameters in {greatest['seconds']:.0f} s"
+        numbers["greatest"] = text.replace("e+", " × 10^")
     return numbers
 
 
@@ -786,15 +784,19 @@ sublin.SublinearTrainer(1024, shift=1.0, random_state=0).fit(X, y)
 print(time.perf_counter() - begin)
 """
 
-# VmHWM, since getrusage counts the parent's memory too, which a child shares until it runs its own
-# program.
 PEAK_MEMORY = """
 import bench
 if {width}:
     assert bench.train(*bench.random_unit_data(64, 32), {width}).converged_
-lines = open("/proc/self/status").read().splitlines()
-print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20)
+print(bench.peak_memory())
 """
+
+
+def peak_memory():
+    """Of this process, in GiB (Linux). VmHWM, since getrusage counts the parent's memory too, which
+    a child shares until it runs its own program."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
 def printed_by(code, **environment):
@@ -1288,7 +1290,7 @@ def judge_contraction(samples):
         "ratio at most 0.5 in every step of every run",
         f"true of {len(good)} of {len(cells)} runs; in the others some step does less, {others}",
         len(good) == len(cells),
-        f"in those, steps to 1e-9: {spread([sample['steps'] for sample in good])}",
+        f"in the {len(good)}, steps to 1e-9: {spread([sample['steps'] for sample in good])}",
     )
 
 
@@ -2111,8 +2113,8 @@ def judge_crossover(samples):
             "lazy or tree is the fastest at the greatest width, for every n",
             "; ".join(lost) or "lazy or tree for every n",
             not lost,
-            f"to a residual of 1e-5 in float32; dense takes {', '.join(dense)} as long there, "
-            f"for n = {', '.join(map(str, widest))}",
+            "to a residual of 1e-5, all but lazy in float32; dense takes "
+            f"{', '.join(dense)} as long there, for n = {', '.join(map(str, widest))}",
         )
 
 
@@ -2140,7 +2142,7 @@ def draw_crossover(samples):
     figure, axes = panels(2, width=12.0, height=6.0)
     draw_winners(axes[0], samples, "total", "Initialisation and steps")
     draw_winners(axes[1], samples, "training", "Steps alone")
-    text = f"Fastest to a residual of {RACE_TOLERANCE:g}, float32, random unit points, d = 32"
+    text = f"Fastest to {RACE_TOLERANCE:g}, all but lazy in float32, random unit points, d = 32"
     figure.suptitle(f"{text}; 2×: twice as long; blank: not measured", fontsize=13)
     return figure
 
@@ -2213,12 +2215,7 @@ def table(name):
     return X[:MOST_ROWS], y[:MOST_ROWS]
 
 
-def above_median(y):
-    """Labels +1 and -1: which targets are above the median."""
-    return np.where(y > np.median(y), 1.0, -1.0)
-
-
-KINDS = {"numbers": lambda y: y, "labels": above_median}
+KINDS = {"numbers": lambda y: y, "labels": lambda y: np.where(y > np.median(y), 1.0, -1.0)}
 COARSE = 1e-3  # the residual to which real tables are trained
 
 
@@ -2281,8 +2278,8 @@ REGRESSORS_NOTE = "¹ columns scaled, strengths and the width of the RBF chosen 
 
 
 class OwnKernel:
-    """Ridge regression with the kernel of the infinitely wide network, at the network's threshold
-    and lambda."""
+    """Kernel ridge regression with the kernel of the infinitely wide network, at the network's
+    threshold; `ridge` is in units of the mean of the kernel's diagonal."""
 
     def __init__(self, ridge, **options):
         self.ridge, self.options = ridge, {"random_state": 0, **options}
@@ -2328,25 +2325,32 @@ def limit_of_ridge(width, seed):
     return {"difference": float(np.sqrt(np.mean(difference**2)) / np.std(y))}
 
 
-def many_points(n, d, width, cap):
-    """Seconds by phase of a fit to COARSE, of a step of plain NumPy, of kernel regression, and how
-    far MLPRegressor comes in `cap` seconds."""
+def many_data(n, d):
     rng = np.random.default_rng(0)
     X = rng.standard_normal((n, d))
-    y = np.tanh(X[:, 0] * X[:, 1] + X[:, 2]) + 0.1 * rng.standard_normal(n)
-    train_on = {"random_state": 0, "tol": COARSE}
-    begin = time.perf_counter()
-    trainer = sublin.SublinearTrainer(width, **train_on).fit(X, y)
-    found = {"seconds": time.perf_counter() - begin, "steps": trainer.n_iter_}
-    found |= {"residual": trainer.residual_, "start": trainer.init_seconds_, "b": trainer.shift_}
-    for phase in PHASES:
-        found[phase] = sum(record[phase] for record in trainer.history_)
-    import resource  # not on Windows
+    return X, np.tanh(X[:, 0] * X[:, 1] + X[:, 2]) + 0.1 * rng.standard_normal(n)
 
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    problem = Problem.of(X, y, width=width, shift=trainer.shift_)
+
+def fit_many(n, d, width):
+    """Seconds by phase of a fit to COARSE, and the peak memory of its process (Linux)."""
     begin = time.perf_counter()
-    sublin.reference(*problem.arrays("float32"), trainer.shift_, 1e-6)
+    net = sublin.SublinearTrainer(width, random_state=0, tol=COARSE).fit(*many_data(n, d))
+    found = {"seconds": time.perf_counter() - begin, "steps": net.n_iter_}
+    found |= {"residual": net.residual_, "start": net.init_seconds_, "b": net.shift_}
+    found |= {phase: sum(record[phase] for record in net.history_) for phase in PHASES}
+    return {**found, "peak": peak_memory() if os.path.exists("/proc/self/status") else None}
+
+
+def many_points(n, d, width, cap):
+    """What fit_many says in a process of its own; seconds of a step of plain NumPy and of kernel
+    regression, and how far MLPRegressor comes in `cap` seconds."""
+    fit = "bench.fit_many({}, {}, {})"
+    warm_up, measured = fit.format(min(n, 300), d, width), fit.format(n, d, width)
+    code = f"import bench, json; {warm_up}; print(json.dumps({measured}))"
+    found = json.loads(output_of(code))
+    problem = Problem.of(*many_data(n, d), width=width, shift=found["b"])
+    begin = time.perf_counter()
+    sublin.reference(*problem.arrays("float32"), found["b"], 1e-6)
     found["numpy step"] = time.perf_counter() - begin
     run = run_peer(PEERS["kernel"], problem, {}, cap)
     found["kernel"] = run["seconds"][-1]
@@ -2366,10 +2370,8 @@ def measure_data(quick):
         fit_of_table("mtcars", "numbers", 1 << 8, "auto")  # compiles
         for warm_up in (1 << 8, 1 << 16):
             sublin.SublinearTrainer(warm_up, shift="paper").fit(*table("linnerud"))
-        fits = every(name=names, kind=list(KINDS), width=widths, shift=shifts)
-        fits = [{"part": "fit", **case, **fit_of_table(**case)} for case in progress(fits, "fits")]
         return (
-            fits
+            grid("fit", fit_of_table, name=names, kind=list(KINDS), width=widths, shift=shifts)
             + grid("folds", folds_of_table, name=names, regressor=models)
             + grid("limit", limit_of_ridge, width=powers(8, 10 if quick else 18), seed=range(3))
             + grid(
@@ -2462,7 +2464,11 @@ def folds_table(samples):
 
 def many_table(samples):
     rows = [["n", "start", "find, outputs", "Gram", "solve", "whole fit", "steps", "peak"]]
-    rows[0] += ["a step of plain NumPy", "kernel regression", "MLPRegressor reaches"]
+    rows[0] += [
+        "a step of plain NumPy",
+        "kernel regression",
+        "MLPRegressor, rate not tuned, reaches",
+    ]
     for s in where(samples, part="many"):
         phases = [f"{s[key]:.1f} s" for key in ("start", *list(PHASES)[:3], "seconds")]
         others = [f"{s['numpy step']:.1f} s", f"{s['kernel']:.1f} s"]
@@ -2493,7 +2499,7 @@ def number_data(samples):
 
 SPREAD = (16, 16)  # n, d
 SPREAD_WIDTHS = (28, 30, 32)  # exponents
-PREDICTED_WIDTHS = (32, 36, 40, 46)
+PREDICTED_WIDTHS = (36, 40, 46)
 MOST_RANKS = 4096
 
 ON_RANKS = """
@@ -2528,7 +2534,8 @@ class Counted:
 
 
 def spread_fits(comm, widths):
-    """On each rank: a fit of every width; and seconds of a message of a step."""
+    """On each rank: a fit of every width; and seconds of a message of a step. "near" is of this
+    rank alone."""
     n, d = SPREAD
     X, y = random_unit_data(n, d)
     train(X, y, 1 << 18, tol=WHOLE, comm=comm)  # compiles
@@ -2561,7 +2568,7 @@ def message_seconds(comm, n, times=100):
 
 
 def measure_ranks(quick):
-    """Whole fits in one process of one and of all threads, and on ranks of one thread each, the
+    """Whole fits in one process of one and of two threads, and on ranks of one thread each, the
     processes in turns."""
     mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
     if mpiexec is None or importlib.util.find_spec("mpi4py") is None:
@@ -2569,7 +2576,7 @@ def measure_ranks(quick):
     n, d = SPREAD
     code = {"widths": [1 << k for k in ((22, 23, 24) if quick else SPREAD_WIDTHS)]}
     cores = os.cpu_count()
-    cases = [(0, 1), (0, cores)] + [(ranks, 1) for ranks in ((1, 2) if quick else (1, 2, 4))]
+    cases = [(0, 1), (0, 2)] + [(ranks, 1) for ranks in ((1, 2) if quick else (1, 2, 4))]
     samples = []
     for run, (ranks, threads) in progress(list(product(range(1 if quick else 5), cases)), "ranks"):
         environment = {"NUMBA_NUM_THREADS": str(threads)}
@@ -2585,49 +2592,38 @@ def measure_ranks(quick):
 
 class Model(NamedTuple):
     """Seconds of a whole fit on ranks of one thread, from what one process of one thread takes at
-    the widths measured and from messages between two ranks."""
+    the widths measured, and from messages between two ranks, all taken to be as long as a step's.
+    Neurons near the threshold are taken to be as many in a block as at the widest of these."""
 
     n: int
     d: int
-    steps: int
     fixed: float  # seconds that every rank takes, however wide the network
-    block: float  # to draw a block
-    near: float  # for each neuron near the threshold, in all steps together
-    share: float  # of neurons that are near, for each block
-    message: float  # of a step, between two ranks
+    block: float  # to draw a block, and for its near neurons in all steps together
+    message: float  # of a step's message, between two ranks
     messages: float  # of a fit
 
     @classmethod
     def of(cls, samples):
-        one = where(samples, ranks=0, threads=1)
-        n, d = one[0]["n"], one[0]["d"]
-        widths, drawing, *_ = medians(one, "width", "drawing")
-        _, near, *_ = medians(one, "width", "near")
-        steps = np.array(
-            [
-                np.median([s["seconds"] - s["drawing"] for s in where(one, width=width)])
-                for width in widths
-            ]
+        one, two = where(samples, ranks=0, threads=1), where(samples, ranks=2)
+        one = [{**s, "stepping": s["seconds"] - s["drawing"]} for s in one]
+        n, d, widths = one[0]["n"], one[0]["d"], sorted(distinct(one, "width"))
+        blocks = [blocks_of(n, d, width) for width in widths]
+        drawing, near, stepping = (
+            medians(one, "width", key)[1] for key in ("drawing", "near", "stepping")
         )
-        blocks = np.array([blocks_of(n, d, int(width)) for width in widths])
         per_block, at_start = np.polyfit(blocks, drawing, 1)
-        per_near, of_steps = np.polyfit(near, steps, 1)
-        two = where(samples, ranks=2)
-        return cls(
-            *(n, d, max(s["steps"] for s in one)),
-            max(at_start, 0.0) + max(of_steps, 0.0),
-            *(per_block, max(per_near, 0.0), near[-1] / blocks[-1]),
-            float(np.median([s["message"] for s in two])),
-            float(np.median([s["calls"] for s in two])),
-        )
+        per_near, of_steps = np.polyfit(near, stepping, 1)
+        fixed = max(at_start, 0.0) + max(of_steps, 0.0)
+        block = per_block + max(per_near, 0.0) * near[-1] / blocks[-1]
+        message, messages = (float(np.median([s[k] for s in two])) for k in ("message", "calls"))
+        return cls(n, d, fixed, block, message, messages)
 
     def seconds(self, width, ranks):
         """A rank has at most one block more than others; a message goes through log2(ranks)
         stages."""
         blocks = -(-blocks_of(self.n, self.d, width) // ranks)
         stages = np.ceil(np.log2(ranks))
-        work = blocks * (self.block + self.near * self.share)
-        return self.fixed + work + self.messages * stages * self.message
+        return self.fixed + blocks * self.block + self.messages * stages * self.message
 
 
 def blocks_of(n, d, width):
@@ -2645,70 +2641,53 @@ def ranks_seconds(samples, width):
 
 def draw_ranks(samples):
     """Seconds of a whole fit against ranks: measured, and as the model predicts them."""
-    figure, axes = panels(1, height=6.4)
+    figure, axis = panels(1, height=6.4)
     model, many = Model.of(samples), 2 ** np.arange(int(np.log2(MOST_RANKS)) + 1)
-    measured = distinct(samples, "width")
-    cores = samples[0]["cores"]
-    widths = [*measured[:-1], *(1 << k for k in PREDICTED_WIDTHS if 1 << k >= measured[-1])]
-    for place, width in enumerate(widths):
-        look = {"color": COLOURS[place % len(COLOURS)], "linewidth": 2}
+    measured, cores = distinct(samples, "width"), samples[0]["cores"]
+    dots = {"marker": "o", "markersize": 9, "linewidth": 2}
+    hollow = {**dots, "linestyle": "none", "markerfacecolor": "white"}
+    dashes = {"linestyle": (0, (4, 3)), "linewidth": 2}
+    widths = [*measured, *(1 << k for k in PREDICTED_WIDTHS if 1 << k > measured[-1])]
+    for width, color in zip(widths, COLOURS, strict=False):
         predicted = [model.seconds(width, int(ranks)) for ranks in many]
-        axes.plot(many, predicted, linestyle=(0, (4, 3)), **look)
-        label, where_to = f"m = {power_label(width)}", {"xytext": (-10, 0)}
-        where_to |= {"textcoords": "offset points", "va": "center", "ha": "right"}
-        axes.annotate(label, (1, predicted[0]), color=look["color"], **where_to)
+        axis.plot(many, predicted, color=color, **dashes)
+        where_to = {"xytext": (-10, 0), "textcoords": "offset points", "va": "center"}
+        label = f"m = {power_label(width)}"
+        axis.annotate(label, (1, predicted[0]), color=color, ha="right", **where_to)
         if width in measured:
             ranks, seconds = ranks_seconds(samples, width)
             fair = ranks <= cores
-            axes.plot(ranks[fair], seconds[fair], marker="o", markersize=9, **look)
-            axes.plot(
-                ranks[~fair],
-                seconds[~fair],
-                marker="o",
-                markersize=9,
-                linestyle="none",
-                markerfacecolor="white",
-                color=look["color"],
-            )
-    handles = [
-        axes.plot([], [], color=GREY, marker="o", markersize=9, linewidth=2)[0],
-        axes.plot(
-            [], [], color=GREY, marker="o", markersize=9, linestyle="none", markerfacecolor="white"
-        )[0],
-        axes.plot([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=2)[0],
-    ]
-    texts = ["measured", f"measured with more ranks than the {cores} cores", "predicted by a model"]
-    axes.legend(handles, texts, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlim(0.25, 1.5 * many[-1])
-    axes.set_xticks(many[::2], many[::2])
-    axes.set(xlabel="ranks of one thread", ylabel="seconds of a whole fit to 1e-6")
-    axes.set_title(f"n = {model.n} random unit points, d = {model.d}")
+            axis.plot(ranks[fair], seconds[fair], color=color, **dots)
+            axis.plot(ranks[~fair], seconds[~fair], color=color, **hollow)
+    for text, how in (
+        ("measured", dots),
+        (f"measured with more ranks than the {cores} cores", hollow),
+        ("predicted by a model", dashes),
+    ):
+        axis.plot([], [], color=GREY, label=text, **how)
+    axis.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlim(0.25, 1.5 * many[-1])
+    axis.set_xticks(many[::2], many[::2])
+    axis.set(xlabel="ranks of one thread", ylabel="seconds of a whole fit to 1e-6")
+    axis.set_title(f"n = {model.n} random unit points, d = {model.d}")
     return figure
 
 
 def number_ranks(samples):
-    widest = distinct(samples, "width")[-1]
-    model = Model.of(samples)
-    ranks, seconds = ranks_seconds(samples, widest)
-    on = dict(zip(ranks.tolist(), seconds, strict=True))
-    one = np.median([s["seconds"] for s in where(samples, width=widest, ranks=0, threads=1)])
-    cores = samples[0]["cores"]
-    threads = where(samples, width=widest, ranks=0, threads=cores)
-    together = np.median([s["seconds"] for s in threads])
-    two = where(samples, width=widest, ranks=2)[0]
-    errors = [
-        abs(seconds / model.seconds(width, 2) - 1.0)
-        for width in distinct(samples, "width")
-        for seconds in [ranks_seconds(samples, width)[1][list(ranks).index(2)]]
-    ]
+    widths, model = distinct(samples, "width"), Model.of(samples)
+
+    def median(width=widths[-1], **case):
+        return np.median([s["seconds"] for s in where(samples, width=width, **case)])
+
+    two, sent = median(ranks=2), where(samples, width=widths[-1], ranks=2)[0]
+    errors = [abs(median(width, ranks=2) / model.seconds(width, 2) - 1.0) for width in widths]
     far = [f"{model.seconds(1 << k, 1024):.2g} s at m = 2^{k}" for k in (40, 46)]
     return {
-        "ranks speedup": times(one / on[2]),
-        "ranks one": f"{on[1] / one - 1.0:+.0%}",
-        "ranks threads": f"{on[2] / together:.2f} times",
-        "ranks messages": f"{two['calls']} messages, {two['bytes'] / 1024:.0f} KB in all",
+        "ranks speedup": times(median(ranks=0, threads=1) / two),
+        "ranks threads": f"{two / median(ranks=0, threads=2):.2f} times",
+        "ranks messages": f"{sent['calls']} messages, {sent['bytes'] / 1024:.0f} KB in all",
         "ranks model": percent(max(errors)),
         "ranks message": f"{1e6 * model.message:.1f} μs",
         "ranks far": " and ".join(far),
@@ -2810,9 +2789,10 @@ def read(name):
 
 
 def all_claims(suffix=""):
-    """Those of all experiments, in their order."""
+    """Those of all experiments, in their order; with --quick of those that have been tried."""
     judged = [experiment for experiment in EXPERIMENTS if experiment.judge]
-    return [claim for e in judged for claim in e.judge(read(e.name + suffix)["samples"])]
+    tried = [e for e in judged if not suffix or (PLOTS / f"{e.name}{suffix}.json").exists()]
+    return [claim for e in tried for claim in e.judge(read(e.name + suffix)["samples"])]
 
 
 def claims_page(claims):
@@ -2823,7 +2803,7 @@ def claims_page(claims):
         cells.append("yes" if claim.holds else "**no**")
         rows.append([cell.replace("|", "\\|") for cell in cells])
     return (
-        "# Every claim of the paper, measured\n\n"
+        "# Every claim of the paper, and three of our own, measured\n\n"
         "Written by `python bench.py claims` from the JSON files beside it. The third column names "
         "the constants that were checked, most of them 1 where the paper leaves them open.\n"
         f"{sum(claim.holds for claim in claims)} of {len(claims)} hold in the regime that can be "
@@ -2854,7 +2834,7 @@ def readme_numbers(commands=COMMANDS):
         minutes = sum(content["seconds"] for content in found.values()) / 60
         processor = f"{machine['cores']} cores of {machine['processor']}"
         numbers[f"{command} took"] = f"{minutes:.1f} minutes on {processor}"
-        if command == "claims":
+        if any(experiment.judge for experiment in group):
             numbers |= number_claims(all_claims())
     return numbers
 
@@ -2905,7 +2885,7 @@ def main():
     for experiment in EXPERIMENTS:
         if experiment.command == arguments.what:
             run(experiment, arguments.quick, arguments.plot_only)
-    if arguments.what == "claims":
+    if any(e.judge for e in EXPERIMENTS if e.command == arguments.what):
         suffix = "-quick" if arguments.quick else ""
         claims = all_claims(suffix)
         print(*number_claims(claims).values())

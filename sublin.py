@@ -31,11 +31,12 @@ Notation (the paper's symbol, its name here, its meaning, its shape)
     K       neurons   neurons active on some point, which are those a step changes      set
     --      live      neurons active on some point at the start, or held by an earlier  set
                       fit. No others ever change: they are dead
+    --      clear     live neurons that cannot flip: counted, not held, drawn again when asked  set
     --      block     neurons that are drawn together; each is held by one rank, which is a process
     --      pair      a neuron r and a point i; it is active if r is in Q_i
     --      flip      a pair that became active, or ceased to be, in a step: the neuron
                       wakes or falls asleep on the point. To fire is to be active
-    J       J         Jacobian; block (i, r) is m^(-1/2) a_r x_i^T if r in Q_i, else 0  (n, m d)
+    J       J         Jacobian; part (i, r) is m^(-1/2) a_r x_i^T if r in Q_i, else 0   (n, m d)
     G       gram      Gram matrix J J^T                                                 (n, n)
     C       counts    number of neurons active on both x_i and x_j; G is X X^T o C / m  (n, n)
     g       step      dual step of Gauss-Newton                                         (n,)
@@ -57,6 +58,11 @@ The module reads from top to bottom: one step in plain NumPy, the problem and it
 numbers, starting weights, trees, the Jacobian, sketches, solvers, sums in fixed point, trained
 networks, searches, the lazy search, scaling, saving, the trainer; then what needs no mathematics:
 checks of input, threads, ranks, versions and the place of machine code.
+
+Within a major version a copy may rely on the names in __all__ and their arguments, on the files
+that `save` writes being read by later versions, and on a seed giving the same bits with the same
+versions of NumPy, SciPy and Numba on machines of one kind, whatever the number of threads and
+ranks. Names that begin with an underscore may change.
 
 Further references
 
@@ -109,6 +115,8 @@ from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 from scipy.linalg.lapack import dpotrf, dpotrs, dtrtri
 from scipy.sparse.linalg import LinearOperator, cg
+
+__version__ = "1.0.0"
 
 __all__ = [
     "ConvergenceWarning",
@@ -345,12 +353,10 @@ def _shift_for(X, y, width, highest, regularisation):
 
 
 def _regression_tolerance(X, shift):
-    """Relative tolerance sqrt(lambda / n) / 6 of Algorithm 5, line 30.
-
-    Rounding can leave lambda at or below zero (coinciding points), so lambda / n is held at the
-    machine epsilon or more.
-    """
-    return np.sqrt(max(smallest_ntk_eigenvalue(X, shift) / len(X), np.finfo(float).eps)) / 6.0
+    """Relative tolerance sqrt(lambda / n) / 6 of Algorithm 5, line 30. Rounding can leave lambda at
+    or below zero where points coincide."""
+    eigenvalue = smallest_ntk_eigenvalue(X, shift)
+    return np.sqrt(max(eigenvalue / len(X), np.finfo(float).eps)) / 6.0
 
 
 # ==================================================================================================
@@ -497,6 +503,12 @@ def _longest(vectors):
     return float(entries) * math.sqrt(vectors.shape[1])
 
 
+def _in_order(numbers, *arrays):
+    """Numbers of neurons, ascending, and arrays with an entry for each, in that order."""
+    order = np.argsort(numbers)
+    return [array[order] for array in (numbers, *arrays)]
+
+
 def _to_nobody(share):
     """A report that nobody reads."""
 
@@ -596,10 +608,8 @@ class _Start(NamedTuple):
         def parts():
             for k in blocks:
                 first, last = k * size, min((k + 1) * size, self.width)
-                while first < last:
-                    end = min(last, (first // BLOCK + 1) * BLOCK)
-                    yield first, end
-                    first = end
+                cuts = range((first // BLOCK + 1) * BLOCK, last, BLOCK)
+                yield from pairwise([first, *cuts, last])
 
         def of_part(part):
             first, end = part
@@ -611,9 +621,14 @@ class _Start(NamedTuple):
         count = len(blocks) * -(-size // BLOCK)
         return _in_groups(of_part, parts(), count, BLOCK * self.d, report)
 
-    def blocks(self, *arguments):
-        """The same block by block."""
-        return _one_by_one(self.groups(*arguments))
+    def blocks(self, work, live, report=_to_nobody):
+        """The same block by block, with a row of weights for each neuron, also where two share
+        one."""
+
+        def of_each(first, vectors, signs):
+            return work(first, np.repeat(vectors, self.copies, axis=0), signs)
+
+        return _one_by_one(self.groups(of_each, live, report))
 
     def shown(self):
         """These weights once somebody has seen those of dead neurons, which later fits with other
@@ -845,11 +860,8 @@ class _LiveBlocks:
             pairs, count = pairs[kept], _move_up(kept, vectors, products)
             vectors, products = vectors[:count], products[:count]
         if again.size:
-            drawn = self._woken(name, again)
-            both = zip((pairs, vectors, products), drawn, strict=True)
-            pairs, vectors, products = map(np.concatenate, both)
-            order = np.argsort(pairs)
-            pairs, vectors, products = pairs[order], vectors[order], products[order]
+            both = zip((pairs, vectors, products), self._woken(name, again), strict=True)
+            pairs, vectors, products = _in_order(*map(np.concatenate, both))
         return first + pairs, vectors, products
 
     def _proposals(self, name, size):
@@ -900,16 +912,6 @@ class _LiveBlocks:
         yields them."""
         blocks, size = self._start.ranks.own_blocks(self.count), PROPOSED * self._start.d
         return _in_groups(lambda k: work(*self.block(k)), blocks, len(blocks), size, report)
-
-
-def _for_each_neuron(work):
-    """Wraps the work on a block: it gets a row of weights for each neuron, also where two share
-    one."""
-
-    def repeated(first, vectors, signs):
-        return work(first, np.repeat(vectors, signs.size // len(vectors), axis=0), signs)
-
-    return repeated
 
 
 def _seed(random_state):
@@ -1613,7 +1615,8 @@ def _walsh_hadamard(A):
 
 def _check_sketch(J, size, rng):
     """The size and the generator."""
-    _check_jacobian(J)
+    if not isinstance(J, SparseJacobian):
+        raise TypeError(f"J must be a SparseJacobian, got {type(J).__name__}")
     return _check_integer("size", size, 1), np.random.default_rng(rng)
 
 
@@ -1773,10 +1776,11 @@ class _Solver:
     """What solvers share."""
 
     one_thread = 1024  # up to so many points BLAS keeps to one thread
+    sketches = False  # and so asks for the active sets
 
-    def promise(self, J, residual, step, ridge, mu):
+    def promise(self, J, residual, step, nu, mu):
         """The residual after a step if the network were linear in its weights: that before it less
-        (G + ridge I) g, which is mu g as (G + (ridge + mu) I) g = residual."""
+        (G + nu I) g, which is mu g as (G + (nu + mu) I) g = residual."""
         return mu * step
 
 
@@ -1865,16 +1869,16 @@ class _ConjugateGradients(_Solver):
 
     def solve(self, residual):
         limit = 1000 + 20 * len(residual)
-        return _conjugate_gradients(self._system, residual, self._tolerance, limit, self._inverse())
+        return _conjugate_gradients(self._system, residual, self._tolerance, limit, self._inverse)
 
-    def _inverse(self):
-        """The preconditioner."""
-        return None
+    _inverse = None  # the preconditioner, a function
 
 
 class _Sketch(_ConjugateGradients):
     """Conjugate gradients preconditioned by a sketch: O(log(kappa / tolerance)) products with G, of
     condition kappa (Corollary A.8)."""
+
+    sketches = True
 
     def __init__(self, X, shift, sketch, size, seed):
         super().__init__(X, shift)
@@ -1897,8 +1901,8 @@ class _Sketch(_ConjugateGradients):
         if pivots.min() <= len(J.X) * np.finfo(float).eps * pivots.max():
             raise _singular_error(J, "or the sketch is too small: try a larger sketch_size")
 
-    def _inverse(self):
-        return partial(scipy.linalg.cho_solve, (self._T, False), check_finite=False)
+    def _inverse(self, v):
+        return scipy.linalg.cho_solve((self._T, False), v, check_finite=False)
 
 
 class _Richardson(_Sketch):
@@ -1912,16 +1916,15 @@ class _Richardson(_Sketch):
     def _default_size(self, n, d):
         return max(64 * (n + 8), 4 * d)
 
-    def _times_R(self, v, transposed=False):
-        trans = "T" if transposed else "N"
+    def _times_R(self, v, trans="N"):
         return scipy.linalg.solve_triangular(self._T, v, trans=trans, check_finite=False)
 
     def solve(self, residual):
         initial = earlier = size_of_error = np.linalg.norm(residual)
         z, step, error, iterations = np.zeros_like(residual), np.zeros_like(residual), -residual, 0
         while size_of_error > self._tolerance * initial:
-            gradient = self._times_R(error, transposed=True)
-            z -= self._times_R(self._system @ self._times_R(gradient), transposed=True)
+            gradient = self._times_R(error, trans="T")
+            z -= self._times_R(self._system @ self._times_R(gradient), trans="T")
             step = self._times_R(z)
             error = self._system @ step - residual
             size_of_error = np.linalg.norm(error)
@@ -1957,8 +1960,8 @@ class _Gradient(_Solver):
     def solve(self, residual):
         return self._step_size * residual, 0
 
-    def promise(self, J, residual, step, ridge, mu):
-        return residual - J.gram_times(step) - ridge * step
+    def promise(self, J, residual, step, nu, mu):
+        return residual - J.gram_times(step) - nu * step
 
 
 SOLVERS = {
@@ -2015,20 +2018,8 @@ def _from_fixed(fixed, resolution):
 # ==================================================================================================
 
 
-def _outputs_of(X, W, signs, shift):
-    """What neurons with weights W add to sqrt(m) f at the rows of X (k, d)."""
-    parts = [X[low : low + 256] for low in range(0, len(X), 256)]  # 32 MB of products each
-    return np.concatenate([np.maximum(x @ W.T - shift, 0.0) @ signs for x in parts])
-
-
 # Neurons that ranks send at a time where they are dealt out anew.
 DEALT = 1 << 19
-
-
-def _in_order(numbers, *arrays):
-    """Numbers of neurons, ascending, and arrays with an entry for each, in that order."""
-    order = np.argsort(numbers)
-    return [array[order] for array in (numbers, *arrays)]
 
 
 class _Network(NamedTuple):
@@ -2047,26 +2038,26 @@ class _Network(NamedTuple):
         """f (k,) at the rows of X (k, d), of the neurons of all ranks. Antisymmetric dead neurons
         cancel on every input, and are left out."""
         ranks, width = self.start.ranks, self.start.width
-        (longest,) = ranks.gather(np.array([self.longest]))
+        (longest,) = ranks.gather([self.longest])
         reach = np.sqrt(X.shape[1]) * np.abs(X).max()  # no row of X is longer
         resolution = _resolution(longest.max() * reach + abs(self.shift), width)
+        parts = [X[low : low + 256] for low in range(0, len(X), 256)]  # 32 MB of products each
 
-        def of_block(W, signs):
-            return _to_fixed(_outputs_of(X, W, signs, self.shift), resolution)
+        def of_block(W, signs):  # what these neurons add to sqrt(m) f
+            W = W.astype(float, copy=False)
+            added = [np.maximum(x @ W.T - self.shift, 0.0) @ signs for x in parts]
+            return _to_fixed(np.concatenate(added), resolution)
 
         if self.start.init == "antisymmetric" or self.live.size == width:
             edges = np.flatnonzero(np.diff(self.live // self.start.block_size)) + 1
             edges = [0, *edges, self.live.size]
 
             def of_held(part):
-                return of_block(
-                    self.weights[slice(*part)].astype(float, copy=False), self.signs[slice(*part)]
-                )
+                return of_block(self.weights[slice(*part)], self.signs[slice(*part)])
 
             groups = _in_groups(of_held, pairwise(edges), len(edges), X.size, _to_nobody)
         else:
-            trained = self._trained()
-            groups = self.start.groups(lambda *block: of_block(*trained(*block)), self.live)
+            groups = self.start.groups(lambda *block: of_block(*self._trained(*block)), self.live)
         zeros = np.zeros((2, len(X)), np.int64)
         sums = sum(_one_by_one(groups), zeros)
         if self.clear is not None:
@@ -2107,34 +2098,27 @@ class _Network(NamedTuple):
         (longest,) = ranks.gather([self.longest])
         start, clear = self.start._replace(ranks=_Ranks()), self.clear
         if clear is not None:
-            (counts,) = ranks.gather(np.array([clear.count]))
+            (counts,) = ranks.gather([clear.count])
             sieve = clear.sieve._replace(start=start)
             clear = clear._replace(count=int(counts.sum()), sieve=sieve)
         return _Network(start, self.shift, live, signs, weights, longest.max(), clear)
 
-    def _trained(self):
-        """A function that puts the trained weights into a block of starting ones."""
-
-        def trained(first, W, signs):
-            low, high = np.searchsorted(self.live, (first, first + len(W)))
-            W = W.astype(float)
-            W[self.live[low:high] - first] = self.weights[low:high]
-            return W, signs
-
-        return trained
+    def _trained(self, first, W, signs):
+        """A block of starting weights, with the trained ones in their places; and its signs."""
+        low, high = np.searchsorted(self.live, (first, first + len(W)))
+        W = W.astype(float)
+        W[self.live[low:high] - first] = self.weights[low:high]
+        return W, signs
 
     def all_weights(self):
         """Weights of all neurons (m, d) float64."""
         width, d = self.start.width, self.start.d
         _check_memory(f"weights() of {width} neurons in {d} dimensions", width * d * 8)
-        if self.clear is not None:
-            return self.with_clear_held().all_weights()
-        out = np.empty((width, d))
-        if self.live.size == width:
-            out[:] = self.weights
-            return out
-        first = 0
-        for W, _ in self.start.blocks(_for_each_neuron(self._trained()), self.live):
+        network = self.with_clear_held()
+        if network.live.size == width:
+            return network.weights.astype(float)
+        out, first = np.empty((width, d)), 0
+        for W, _ in self.start.blocks(network._trained, network.live):
             out[first : first + len(W)] = W
             first += len(W)
         return out
@@ -2142,11 +2126,10 @@ class _Network(NamedTuple):
     def active_sets(self, X):
         """ActiveSets at the training points X (n, d), with the neurons' own numbers. Only live
         neurons are looked at, so for other points it would miss some."""
-        if self.clear is not None:
-            return self.with_clear_held().active_sets(X)
-        firing = np.flatnonzero(self.weights @ X.T >= self.shift)
+        network = self.with_clear_held()
+        firing = np.flatnonzero(network.weights @ X.T >= self.shift)
         neurons, points = np.divmod(firing, len(X))
-        return _grouped(self.live[neurons], points)
+        return _grouped(network.live[neurons], points)
 
 
 # ==================================================================================================
@@ -2267,13 +2250,8 @@ class _ForwardPass(_Search):
         sums = _sum_over_chunks(_add_outputs, size, like, 4 * values.size, *where)
         self.active, self.outputs = active, sums / np.sqrt(self.width)
 
-    @property
-    def nnz(self):
-        return self.active.points.size
-
-    @property
-    def changing(self):
-        return self.active.neurons.size
+    nnz = property(lambda self: self.active.points.size)
+    changing = property(lambda self: self.active.neurons.size)
 
     def jacobian(self):
         return SparseJacobian._of(self)
@@ -2353,7 +2331,7 @@ class _Dense(_ForwardPass):
             self._W[first : first + len(W)] = W
             self.signs[first : first + len(W)] = signs
 
-        for _ in self.start.blocks(_for_each_neuron(keep), moved.numbers, report):
+        for _ in self.start.blocks(keep, moved.numbers, report):
             pass
         self._W[moved.numbers] = moved.weights
         self.find()
@@ -2517,8 +2495,7 @@ class _Scan(_ForwardPass):
         self._rows[self.width :] = -np.inf
         self._sums, self._ledger = np.zeros(n), _Ledger()
         found, front, back = [], 0, self.width
-        work = _for_each_neuron(partial(self._products, moved))
-        blocks = self.start.blocks(work, moved.numbers, report)
+        blocks = self.start.blocks(partial(self._products, moved), moved.numbers, report)
         for *live, live_products, dead_products in blocks:
             self._rows[front : front + len(live_products)] = live_products
             self._rows[back - len(dead_products) : back] = dead_products
@@ -2612,7 +2589,8 @@ class _Tree(_Scan):
 #
 # A neuron that is active on no training point has no gradient, so it never moves and never wakes.
 # Kept are the *live* ones, active on some point at the start (after a warm start all that have ever
-# been). Each has a *row*: its pairs whose products were at least b - margin, with their products.
+# been). Each has a *row*: its pairs whose products were at least b - margin when the row was made,
+# with these products. The margin is the row's own.
 #
 # As long as act(r) stays the same, a neuron moves from one moment t to another by
 #
@@ -2629,11 +2607,11 @@ class _Tree(_Scan):
 # the row, and margin / cross. The margin shrinks by cross L as the neuron moves, or by the length
 # of the move if that is less.
 #
-# Nor need the travel be computed in every step. It grows by at most |act(r)| times what D, the sum
-# of max_i |g_i| / sqrt(m) over the steps, does. So D + slack / |act(r)| is a *certificate*: before
-# D has come that far nobody need think of the neuron. A neuron whose certificate ran out gets
-# another one if its travel is still below its slack, and is looked at otherwise. For example, with
-# b = 2, cross = 0.5 and a margin of 1,
+# The travel need not be computed in every step: in each it grows by at most |act(r)| max_i |g_i| /
+# sqrt(m). With D the sum of max_i |g_i| / sqrt(m) over the steps, D + slack / |act(r)| is a
+# *certificate*: until D has come that far no pair of the neuron can flip. A neuron whose
+# certificate ran out gets another one if its travel is still below its slack, and is looked at
+# otherwise. For example, with b = 2, cross = 0.5 and a margin of 1,
 #
 #                      active       not active         not in the row
 #     points           3     1   |  0     2            4 5 6 7
@@ -2653,8 +2631,7 @@ class _Tree(_Scan):
 # they tell when a pair will flip, not when one may.
 #
 # Where the margin is used up, a pair outside the row may have flipped: the row is made anew, from
-# the weights, with a wider margin. That never happens to most.
-
+# the weights, with a wider margin. That never happens to most rows.
 #
 # Call |s_i| / sqrt(m) the *pull* of point i: its share of the travel of neurons active on it since
 # the start. A neuron is *clear* if, with reach[i] a bound on the pull in all of training, no pair
@@ -2669,8 +2646,10 @@ class _Tree(_Scan):
 # those of rows made anew are WIDER times as wide as what the row has held.
 MARGIN, WIDER = 1.7, 1.25
 
-# reach is REACH times the movement that the expected Gram matrix predicts, and that of all points
-# on average times LEAST_REACH more. Neurons are forgotten if at most half of them are near.
+# reach[i] is REACH times the pull of point i that the expected Gram matrix predicts, and that of
+# all points on average times LEAST_REACH more. A live neuron that is not clear is *near*. Clear
+# ones are left out if at most half of the live neurons of the first block are near; such a search
+# is *lean*.
 REACH, LEAST_REACH = 1.3, 0.1
 
 # Rows are also made anew when they have travelled so far that rounding might be seen: ROUNDING
@@ -2681,7 +2660,8 @@ ENDURANCE, ROUNDING = 1e4, 0.01
 # The part of a slack that is relied upon, for rounding.
 CAUTION = 1.0 - 1e-14
 
-# Moments that are remembered; then all neurons are looked at once, and the count begins anew.
+# A *moment* is the state of the weights after a step, or after undo(). So many are remembered; then
+# all neurons that move are looked at once, and all moments but the last are forgotten.
 MOMENTS = 256
 
 # What is not compiled needs this kind of array for row.start to work; compiled code takes the plain
@@ -2764,14 +2744,6 @@ def _travel(points, first, k, scale, sums, then, here, factors):
         along += factors[a]
         travel += abs(factors[a])
     return along, travel
-
-
-@njit(inline="always")
-def _left(row, along, travel):
-    """What is left of the slack."""
-    if row.active == 1:
-        return min(row.slack - along, row.slack_against + along)
-    return row.slack - travel
 
 
 @njit(inline="always")
@@ -2906,9 +2878,9 @@ def _certify(points, products, row, XXt, cross, longest, shift, distance):
     return (distance + min(along, against) / k * CAUTION) * CAUTION
 
 
-# What the looks add up: neurons looked at, the change of the number of neurons active on some
-# point, rows whose margins are used up, operations.
-LOOKED_AT, MOVING, SHORT, OPERATIONS = range(4)
+# What the looks add up: neurons looked at, operations, flips, the change of the number of neurons
+# active on some point; and rows whose margins are used up.
+LOOKED_AT, OPERATIONS, FLIPS, MOVING, SHORT = range(5)
 
 
 @njit(inline="always")
@@ -2952,7 +2924,9 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
             scale, then, here = -unit * row.sign, row.looked - first_moment, now - first_moment
             first, size, k = row.start & NOT_NEGATIVE, row.count, row.active
             along, travel = _travel(points, first, k, scale, sums, then, here, factors)
-            left = _left(row, along, travel)
+            left = row.slack - travel
+            if k == 1:
+                left = min(row.slack - along, row.slack_against + along)
             if left > 0.0:
                 certificates[q] = (distance + left / row.active) * CAUTION
                 continue
@@ -2977,6 +2951,7 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
                 points, products, first, size, k, scale, shift, q, flips, found, total, resolution
             )
             _count_flips(points, first, k, flips, begun, found, counts)
+            tally[chunk, FLIPS] += found - begun
             tally[chunk, MOVING] += int(k > 0) - int(row.active > 0)
             tally[chunk, OPERATIONS] += size + (found - begun) * k
             row.active = k
@@ -3016,19 +2991,15 @@ def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
             first, k, scale = row.start & NOT_NEGATIVE, row.active, -unit * row.sign
             then, here = row.looked - first_moment, now - first_moment
             _travel(points, first, k, scale, sums, then, here, factors)
-            for a in range(k):
-                moved[a] = products[first + a]
+            own = points[first : first + k]
+            moved[:k] = products[first : first + k]
             if _through_gram(k, k, d, entry):
-                for a in range(k):
-                    for b in range(k):
-                        moved[a] += factors[b] * XXt[points[first + a], points[first + b]]
+                _move_through_gram(own, moved, 0, k, k, factors, XXt)
             else:
-                _combine(points, first, k, factors, X, w)
-                for a in range(k):
-                    moved[a] += _dot(w, X[points[first + a]])
+                _combine(own, 0, k, factors, X, w)
+                _move_through_weights(own, moved, 0, k, X, w)
             for a in range(k):
-                excess = moved[a] - shift
-                _add_fixed(outputs[chunk], points[first + a], -scale * excess, resolution)
+                _add_fixed(outputs[chunk], own[a], -scale * (moved[a] - shift), resolution)
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
@@ -3059,14 +3030,14 @@ def _active_pairs(live, chosen):
 
 @njit(nogil=True, fastmath=FAST)
 def _thresholds(products, least_active, pull, cross, lowered_shift, lean):
-    """For each row of products (k, n): how many reach least_active; if any, the least product to
-    keep, lowered_shift - margin, which is undefined otherwise; and how many reach that.
+    """For each row of products (k, n): if any reaches least_active, the least product to keep,
+    lowered_shift - margin, which is undefined otherwise; and how many reach that, 0 otherwise.
 
     Each active point i is expected to pull the weights by pull[i]. The margin is cross times the
-    sum of these, or, unless `lean`, the length of the move if points were orthogonal, if that is
-    less.
+    sum of these; unless `lean` it is at most the root of the sum of their squares, the length of
+    the move if points were orthogonal.
     """
-    active, kept = np.zeros(len(products), np.int64), np.zeros(len(products), np.int64)
+    kept = np.zeros(len(products), np.int64)
     thresholds = np.empty(len(products), np.float32)
     one, zero = np.float32(1), np.float32(0)  # counted in the products' type, for full vectors
     for r in range(len(products)):
@@ -3077,14 +3048,13 @@ def _thresholds(products, least_active, pull, cross, lowered_shift, lean):
             pulled = pull[i] if row[i] >= least_active else zero
             straight += pulled
             square += pulled * pulled
-        active[r] = np.int64(count)
         if count > zero:
             margin = cross * straight if lean else min(cross * straight, np.sqrt(square))
             least, count = lowered_shift - margin, zero
             for i in range(row.size):
                 count += one if row[i] >= least else zero
             thresholds[r], kept[r] = least, np.int64(count)
-    return active, thresholds, kept
+    return thresholds, kept
 
 
 @njit(inline="always")
@@ -3099,31 +3069,14 @@ def _is_clear(points, exact, first, k, end, pull, cross, longest, shift):
     return above > longest * travel and below > cross * travel
 
 
-@njit(inline="always")
-def _count_shared(points, first, end, copies, counts):
-    for e in range(first, end):
-        for f in range(first, end):
-            counts[points[e], points[f]] += copies
-
-
 @njit(nogil=True, fastmath=FAST)
 def _fill_rows(
-    rows,
-    chosen,
-    room,
-    products,
-    vectors,
-    geometry,
-    thresholds,
-    margins,
-    copies,
-    pull,
-    wanted,
-    counts,
+    rows, chosen, room, products, vectors, geometry, thresholds, copies, pull, wanted, counts
 ):
-    """Rows of the chosen vectors that fire and are `wanted`, each `copies` times: (places among the
-    chosen, ROWs, certificates, points, products), the active pairs of a row first; and how many
-    neurons are left out as clear, which are added to counts.
+    """Sorts the chosen vectors that fire into clear ones and others, and makes rows of those that
+    are `wanted`, each `copies` times: (places among the chosen, ROWs, certificates, points,
+    products), the active pairs of a row first; and how many neurons are left out as clear, which
+    are added to counts.
 
     Candidates come from `products`, which may be wrong by rounding, and are decided in float64.
     """
@@ -3132,41 +3085,39 @@ def _fill_rows(
     live, points, exact = np.empty(chosen.size, np.int64), np.empty(room, np.uint32), np.empty(room)
     w = np.empty(X.shape[1])
     found = free = left_out = 0
-    sure = shift + _float32_rounding(X.shape[1])
+    rounding = _float32_rounding(X.shape[1])
     for z in range(chosen.size):
-        first, k, end = free, 0, free
-        if wanted == NEAR:  # float32 tells that most are clear
-            above, travel = np.inf, 0.0
-            for i in range(len(X)):
-                if products[chosen[z], i] >= thresholds[z]:
-                    points[end], end = i, end + 1
-                    above, travel = min(above, products[chosen[z], i]), travel + pull[i]
-            if above - sure > longest * travel:
-                left_out += copies
-                _count_shared(points, first, end, copies, counts)
-                continue
-            end = free
-        w[:] = vectors[chosen[z]]
+        first, k, end, clear = free, 0, free, False
         for i in range(len(X)):
             if products[chosen[z], i] >= thresholds[z]:
-                points[end], exact[end] = i, _dot(w, X[i])
-                if exact[end] >= shift:
-                    _swap(points, exact, end, first + k)
-                    k += 1
+                points[end], exact[end] = i, products[chosen[z], i]
                 end += 1
-        if k == 0:
-            continue
-        if wanted != ALL:
-            clear = _is_clear(points, exact, first, k, end, pull, cross, longest, shift)
-            end = first + k if clear else end
-            if clear and wanted == NEAR:
-                left_out += copies
-                _count_shared(points, first, end, copies, counts)
-            if clear != (wanted == CLEAR):
+        if wanted == NEAR:  # float32 tells that most are clear
+            sure = shift + rounding
+            clear = _is_clear(points, exact, first, end - first, end, pull, cross, longest, sure)
+        if not clear:
+            w[:] = vectors[chosen[z]]
+            for e in range(first, end):
+                exact[e] = _dot(w, X[points[e]])
+                if exact[e] >= shift:
+                    _swap(points, exact, e, first + k)
+                    k += 1
+            if k == 0:
                 continue
+            if wanted != ALL:
+                clear = _is_clear(points, exact, first, k, end, pull, cross, longest, shift)
+            end = first + k if clear else end
+        if clear and wanted == NEAR:
+            left_out += copies
+            for e in range(first, end):
+                for f in range(first, end):
+                    counts[points[e], points[f]] += copies
+        if clear != (wanted == CLEAR):
+            continue
         row = rows[copies * found]
         row.start, row.count, row.active = first, end - first, k
-        row.margin = ENDURANCE if end - first == len(X) else margins[z]
+        margin = max(0.0, shift - rounding - thresholds[z])
+        row.margin = ENDURANCE if end - first == len(X) else margin
         certificate = _certify(points, exact, row, XXt, cross, longest, shift, 0.0)
         certificates[copies * found] = certificate
         free = end
@@ -3178,8 +3129,7 @@ def _fill_rows(
                 free += 1
         live[found], found = z, found + 1
     count = copies * found
-    rows, certificates = rows[:count], certificates[:count]
-    return live[:found], rows, certificates, points[:free], exact[:free], left_out
+    return live[:found], rows[:count], certificates[:count], points[:free], exact[:free], left_out
 
 
 class _LiveStart(NamedTuple):
@@ -3246,18 +3196,12 @@ class _Sieve(NamedTuple):
         found = []
         for low in range(0, len(vectors), stretch):
             some = vectors[low : low + stretch]
-            known = all_products is not None
-            products = all_products[low : low + stretch] if known else some @ X32.T
+            products = some @ X32.T if all_products is None else all_products[low : low + stretch]
             limits = least_active, self.pull, cross, lowered_shift, lean
-            active, thresholds, kept = _thresholds(products, *limits)
-            chosen = np.flatnonzero(active)
-            thresholds = thresholds[chosen].astype(float)
-            margins = np.maximum(0.0, shift - rounding - thresholds)
-            room, counts = (
-                copies * int(kept[chosen].sum()),
-                np.zeros((n, n) if lean else (1, 1), int),
-            )
-            where = products, some, self.geometry, thresholds, margins
+            thresholds, kept = _thresholds(products, *limits)
+            chosen, room = np.flatnonzero(kept), copies * int(kept.sum())
+            counts = np.zeros((n, n) if lean else (1, 1), int)
+            where = products, some, self.geometry, thresholds[chosen].astype(float)
             rules = copies, pull, self.wanted, counts
             rows = np.zeros(copies * chosen.size, ROW).view(RECORDS)
             live, *arrays, left_out = _fill_rows(rows, chosen, room, *where, *rules)
@@ -3376,17 +3320,9 @@ class _CountedJacobian(SparseJacobian):
     def _active_and_signs(self):
         return self._search.active_sets_and_signs()
 
-    @property
-    def active(self):
-        return self._active_and_signs[0]
-
-    @property
-    def _signs(self):
-        return self._active_and_signs[1]
-
-    @property
-    def size_of_K(self):
-        return self._search.changing
+    active = property(lambda self: self._active_and_signs[0])
+    _signs = property(lambda self: self._active_and_signs[1])
+    size_of_K = property(lambda self: self._search.changing)
 
     def active_counts(self):
         return np.diag(self._search.counts)
@@ -3413,7 +3349,11 @@ class _ByCounts(_Search):
     what that has added up to. Where it matters when training ends, they are computed anew.
     """
 
-    rounding, _clear_counts = 0.0, 0
+    # What a step replaces as a whole.
+    REPLACED = "outputs", "rounding", "counts", "_own_counts", "changing", "flips", "_moments"
+
+    rounding = 0.0
+    _left_out, _clear_counts = 0, 0  # clear neurons of this rank without rows, and their counts
     _looked_until = 0.0  # D when flips were last looked for; undo() raises D without looking
 
     def _set_out(self, moved):
@@ -3422,11 +3362,15 @@ class _ByCounts(_Search):
         self._geometry = Geometry.of(self.X, self.XXt, self.shift, self.width)
         self._moments = Moments(0, 0, np.zeros((MOMENTS, len(self.X))), 0.0, longest)
 
+    def _state(self):
+        return {name: getattr(self, name) for name in self.REPLACED}
+
     def _add_up(self, moved, changing, looked_at, operations):
         """Counts and outputs at the start, from those of all ranks' neurons."""
         cancel = self.start.init == "antisymmetric" and not moved.anywhere
         own_outputs = self._no_outputs if cancel else self._own_outputs()
-        tally = np.array([self.n_live, changing, looked_at, operations])
+        n_live = self.live.size + self._left_out
+        tally = np.array([n_live, changing, looked_at, operations])
         outputs, self.counts, tally = self.start.ranks.sum(own_outputs, self._own_counts, tally)
         self.n_live, self.changing, looked_at, operations = map(int, tally)
         self.outputs = _from_fixed(outputs, self._resolution_now)
@@ -3542,11 +3486,8 @@ class _ByCounts(_Search):
         parts = 2 * (self.live[neurons] // self._block_size) + (neurons >= self._seam)
         edges = np.flatnonzero(np.diff(parts)) + 1
         blocks = pairwise([0, *edges.tolist(), neurons.size])
-        return [
-            slice(low, min(low + size, end))
-            for first, end in blocks
-            for low in range(first, end, size)
-        ]
+        lows = ((low, end) for first, end in blocks for low in range(first, end, size))
+        return [slice(low, min(low + size, end)) for low, end in lows]
 
     def active_sets_and_signs(self):
         """ActiveSets of the neurons of all ranks, with their own numbers; and their signs."""
@@ -3559,10 +3500,8 @@ class _ByCounts(_Search):
             signs = 1.0 - 2.0 * (active.neurons % 2)
         if self.start.ranks.size == 1:
             return active, signs
-        sizes = np.diff(active.offsets)
-        neurons, sizes, signs, points = self.start.ranks.gather(
-            active.neurons, sizes, signs, active.points
-        )
+        held = active.neurons, np.diff(active.offsets), signs, active.points
+        neurons, sizes, signs, points = self.start.ranks.gather(*held)
         ends = np.cumsum(sizes)
         neurons, starts, ends, signs = _in_order(neurons, ends - sizes, ends, signs)
         _, places = _ranges(starts, ends)
@@ -3613,8 +3552,7 @@ class _Lazy(_ByCounts):
         active = ActiveSets(everybody, *_active_pairs(self._live, everybody))
         self._own_counts = _coactivity(active, len(self.X)) + self._clear_counts
         changing = np.count_nonzero(self._live.rows["active"]) + self._left_out
-        self.n_live = self.live.size + self._left_out
-        self._add_up(moved, changing, self.n_live, self._used)
+        self._add_up(moved, changing, self.live.size + self._left_out, self._used)
 
     def _lean_sieve(self, live_blocks, y, reach):
         """A sieve that lets near neurons through only, if at most half of the live ones are."""
@@ -3636,18 +3574,11 @@ class _Lazy(_ByCounts):
         """All rows in one stretch of memory; those of moved neurons come last."""
         self._copies = self.start.copies
         dtype = moved.weights.dtype if moved.numbers.size else np.float32
-        vectors = {"vectors": np.empty((0, self.X.shape[1]), dtype)}
-        stack = _Stack(
-            **(
-                {} if self._is_lean else vectors
-            ),  # of a lean search they are drawn again if asked for
-            live=NOBODY,
-            signs=np.zeros(0),
-            rows=np.zeros(0, ROW),
-            certificates=np.zeros(0),
-            points=np.zeros(0, np.uint32),
-            products=np.zeros(0),
-        )
+        empty = {"live": NOBODY, "rows": np.zeros(0, ROW), "points": np.zeros(0, np.uint32)}
+        empty |= dict.fromkeys(("signs", "certificates", "products"), np.zeros(0))
+        if not self._is_lean:  # whose vectors are drawn again if asked for
+            empty["vectors"] = np.empty((0, self.X.shape[1]), dtype)
+        stack = _Stack(**empty)
         self._left_out, self._clear_counts = 0, 0
         for done, blocks in groups:
             stretches = [stretch for block in blocks for stretch in block]
@@ -3655,8 +3586,8 @@ class _Lazy(_ByCounts):
             self._left_out += sum(stretch.left_out for stretch in stretches)
             self._clear_counts = self._clear_counts + sum(stretch.counts for stretch in stretches)
         self._seam, size = stack.sizes["rows"], moved.numbers.size
-        empty = np.zeros(size, ROW), np.full(size, np.inf)
-        stack.add([_LiveStart(moved.weights, moved.numbers, moved.signs, *empty)], 1.0)
+        nothing = np.zeros(size, ROW), np.full(size, np.inf)
+        stack.add([_LiveStart(moved.weights, moved.numbers, moved.signs, *nothing)], 1.0)
         arrays = {name: array[: stack.sizes[name]] for name, array in stack.arrays.items()}
         self._vectors = arrays.get("vectors")
         self.live, self.signs = arrays["live"], arrays["signs"]
@@ -3694,17 +3625,12 @@ class _Lazy(_ByCounts):
         """Makes room for so many pairs."""
         if room > self._live.points.size:
             more = room + room // 2 - self._live.points.size
-            points, products = (
-                np.concatenate([array, np.empty(more, array.dtype)])
-                for array in (self._live.points, self._live.products)
-            )
-            self._live = self._live._replace(points=points, products=products)
+            longer = (np.append(array, np.empty(more, array.dtype)) for array in self._live[2:])
+            self._live = LiveRows(*self._live[:2], *longer)
 
     def mark(self):
-        state = self.outputs, self.counts, self._own_counts, self.changing, self.flips
         lengths = {"looks": len(self._ledger.looks), "steps": len(self._path)}
-        moment = {"sums": self._sums.copy(), "longest": self._moments.longest}
-        self._mark = {"state": state, **lengths, **moment}
+        self._mark = {"state": self._state(), "sums": self._sums.copy(), **lengths}
         return self._mark
 
     def advance(self, step, lap):
@@ -3716,40 +3642,32 @@ class _Lazy(_ByCounts):
         return super().advance(step, lap)
 
     def undo(self, mark):
-        mark, looks = (
-            self._mark,
-            self._ledger.looks,
-        )  # `mark`, or what _begin_again has put in its place
+        mark, looks = self._mark, self._ledger.looks  # `mark`, or what _begin_again made of it
         self._path = self._path[: mark["steps"]]
         while len(looks) > mark["looks"]:
             for piece in filter(None, looks[-1].pieces):
                 _unflip(self._live, *piece)
             looks.pop()
-        self.outputs, self.counts, self._own_counts, self.changing, self.flips = mark["state"]
         if not np.array_equal(self._sums, mark["sums"]):
             self._go_to(mark["sums"])
-        self._moments = self._moments._replace(longest=mark["longest"])
+        moments = self._moments._replace(longest=mark["state"]["_moments"].longest)
+        vars(self).update({**mark["state"], "_moments": moments})
         self._looked_until = -np.inf
 
     def _begin_again(self, reach):
         """With a wider reach, and the same steps, on all ranks at once. Only which neurons have
         rows changes."""
-        again = object.__new__(_Lazy)
-        for name in ("X", "XXt", "shift", "width", "dtype", "lean"):
-            setattr(again, name, getattr(self, name))
+        again = copy.copy(self)
         again.start = self._sieve.start  # whose dead neurons nobody had seen
-        again.operations = again.looked_at = again.flips = 0
         again._begin(*self._begun, _to_nobody, reach=reach)
         for sums in self._path:
             again._travel_to(sums)
         again._path = self._path
-        state = self.outputs, self.counts, again._own_counts, self.changing, self.flips
+        own = {"_own_counts": again._own_counts, "_moments": again._moments}
+        state = {**self._mark["state"], **own}
         again._mark = {**self._mark, "state": state, "looks": len(again._ledger.looks)}
-        again.operations += self.operations
-        again.looked_at += self.looked_at
-        for name in ("start", "outputs", "rounding", "counts", "changing", "flips"):
-            setattr(again, name, getattr(self, name))
-        vars(self).update(vars(again))  # one call, which no interrupt divides
+        # One call, which no interrupt divides.
+        vars(self).update({**vars(again), **state, "start": self.start})
 
     def _void(self):
         moving = self._live.rows["active"] > 0
@@ -3763,8 +3681,8 @@ class _Lazy(_ByCounts):
             operations = self._place_anew(np.flatnonzero(self._live.certificates == -np.inf))
             more, again, _ = self._look()
             outputs, tally = outputs + more, tally + again
-            tally[1] += operations
-        tally[1] += self.live.size  # certificates that were compared
+            tally[OPERATIONS] += operations
+        tally[OPERATIONS] += self.live.size  # certificates that were compared
         return outputs, tally
 
     def _look(self):
@@ -3772,7 +3690,7 @@ class _Lazy(_ByCounts):
         their flips add to the outputs; neurons looked at, operations, flips and the change of how
         many move; and how many rows are too short."""
         n, edges, resolution = len(self.X), _edges(self.live.size), self._resolution_now
-        outputs, tally = np.zeros((CHUNKS, 2, n), np.int64), np.zeros((CHUNKS, 4), np.int64)
+        outputs, tally = np.zeros((CHUNKS, 2, n), np.int64), np.zeros((CHUNKS, 5), np.int64)
         partial_counts = _counts_of_threads(n)
         pieces = self._ledger.open(self._sums)
 
@@ -3785,13 +3703,11 @@ class _Lazy(_ByCounts):
             flips.resize(count[0], refcheck=False)  # gives back what was not written, or even taken
 
         _in_threads(of_share, 8 * self._used, len(partial_counts))
-        flips = sum(int(count[0]) for _, count in filter(None, pieces))
-        if flips:
+        tally = tally.sum(axis=0)
+        if tally[FLIPS]:
             change = partial_counts.sum(axis=0, dtype=np.int32)
             self._own_counts = self._own_counts + (change + change.T) // 2
-        looked_at, moving, short, operations = map(int, tally.sum(axis=0))
-        tally = np.array([looked_at, operations, flips, moving])
-        return outputs.sum(axis=0), tally, short
+        return outputs.sum(axis=0), tally[:SHORT], tally[SHORT]
 
     def _place_anew(self, short):
         """Makes rows anew that have used up their margins; returns the operations."""
@@ -3840,8 +3756,7 @@ class _Lazy(_ByCounts):
     @property
     def clear(self):
         """The clear neurons that have no rows; None if all have."""
-        left_out = self._left_out
-        return _Clear(left_out, self._sieve, self._sums.copy()) if self._is_lean else None
+        return _Clear(self._left_out, self._sieve, self._sums.copy()) if self._is_lean else None
 
     @property
     def _is_lean(self):
@@ -4145,10 +4060,9 @@ class _InWords(_ByCounts):
             found = [self._live_of(*(array[some] for array in moved[:3]), True) for some in blocks]
         if may_wake:
             work = partial(self._of_block, moved.numbers)
-            found += self.start.blocks(work, moved.numbers, report)
+            found += _one_by_one(self.start.groups(work, moved.numbers, report))
         self.live, self.signs, *arrays = map(np.concatenate, zip(*found, strict=True))
         self._packed = Packed(*arrays, looked=np.zeros(self.live.size, np.int64))
-        self.n_live = self.live.size
         self._own_counts = np.zeros((n, n), np.int32)
         copies = 1 if moved.anywhere else self.start.copies  # twins begin alike
         _add_coactivity(self._by_point(self._packed.words[::copies]), self._own_counts, copies)
@@ -4194,15 +4108,13 @@ class _InWords(_ByCounts):
 
     def mark(self):
         self._log = []  # (neurons, what Packed held of them), in the order of time
-        counts, numbers = (self.counts, self._own_counts), (self.changing, self.flips)
-        return {"state": (self.outputs, counts, numbers, self._moments), "log": self._log}
+        return {**self._state(), "_log": self._log}
 
     def undo(self, mark):
-        for neurons, held in reversed(mark["log"]):
+        for neurons, held in reversed(mark["_log"]):
             for array, before in zip(self._packed, held, strict=True):
                 array[neurons] = before
-        self.outputs, counts, numbers, self._moments = mark["state"]
-        (self.counts, self._own_counts), (self.changing, self.flips) = counts, numbers
+        vars(self).update(mark)
 
     def _remember(self, neurons):
         """Before something of these neurons is overwritten."""
@@ -4223,7 +4135,7 @@ class _InWords(_ByCounts):
             return self._no_outputs, tally
         outputs, tallies, was, now = zip(*found, strict=True)
         tally += sum(tallies)
-        if tally[2]:
+        if tally[FLIPS]:
             self._own_counts = self._counts_after(was, now)
         return sum(outputs), tally
 
@@ -4441,7 +4353,7 @@ def _unreachable(X, y, warn=True):
         f"{least:.3g}; merge such rows, or set tol above that. If they differ in what you passed, "
         "entries that dwarf all others hide it: clip or transform their columns",
         UserWarning,
-        stacklevel=6,
+        stacklevel=5,
     )
     return deviations
 
@@ -4585,7 +4497,7 @@ def _restored(kind, about, arrays):
         _check_together(*start.stored, trainer.width, X.shape[1])
     live, signs, weights = arrays["live"], arrays["signs"], arrays["weights"]
     _check_together(weights, signs, live.size, X.shape[1])
-    live = _check_indices("live", live, trainer.width) if live.size else np.zeros(0, np.int64)
+    live = _check_indices("live", live, trainer.width) if live.size else NOBODY
     clear = None
     if "clear_sums" in arrays:
         pull, sums = arrays["clear_pull"], _check_vector("sums", arrays["clear_sums"], size=len(X))
@@ -4611,7 +4523,7 @@ def _restored(kind, about, arrays):
 def _check_together(weights, signs, size, d):
     """That weights and signs are those of so many neurons."""
     fits = weights.shape == (size, d) and signs.shape == (size,) and np.isfinite(weights).all()
-    if not fits or (size and np.abs(_check_signs(signs)).max() != 1):
+    if not fits or not (np.abs(signs) == 1).all():
         raise ValueError("its arrays do not fit together")
 
 
@@ -4639,12 +4551,9 @@ class _Stopwatch:
         self._last = now
 
 
-# The last residual of training is that of a forward pass where rounding of the steps may be more
-# than this share of it.
+# When training ends, outputs are computed anew if the rounding they have gathered may exceed this
+# share of the residual.
 DOUBT = 1e-3
-
-# How training can end above its tolerance.
-BY_CALLBACK, AT_A_FLOOR, AFTER_MAX_ITER = "by the callback", "at a floor", "after max_iter"
 
 # "auto" starts with mu = DAMPING times the mean of G's diagonal times the relative residual.
 DAMPING = 1e-3
@@ -4717,14 +4626,11 @@ class _Progress:
 
     def step(self, record):
         if self.verbose and self._tqdm is None:
-            differs = record["system_residual"] != record["residual"]
-            system = "  system_residual {system_residual:.2e}" if differs else ""
-            print(
-                "{iteration:4d}  residual {residual:.2e}{system}  damping {damping:.1e}  rejected "
-                "{rejected}  changed {changed}  flips {flips}  {seconds:.3f} s".format(
-                    **record, system=system.format(**record)
-                )
-            )
+            text = "{iteration:4d}  residual {residual:.2e}"
+            if record["system_residual"] != record["residual"]:
+                text += "  system_residual {system_residual:.2e}"
+            text += "  damping {damping:.1e}  rejected {rejected}  changed {changed}"
+            print((text + "  flips {flips}  {seconds:.3f} s").format(**record))
         elif self.verbose:
             if record["iteration"] == 0 or self._bar is None:
                 self.close()
@@ -4761,7 +4667,7 @@ class SublinearTrainer:
                  changed neurons, each active on k points.
         "scan"   stored products, all compared: O(n m + n |K| min(k, d)).
         "dense"  products anew: O(n m d).
-    solver : how (G + damping I) g = f - y is solved.
+    solver : how the system for g is solved, (G + mu I) g = f - y without a ridge.
         "cholesky"    exactly, from the Gram matrix.
         "sketch"      conjugate gradients preconditioned by the paper's sketch of J^T.
         "richardson"  the paper's iteration and sketch, which must be larger then.
@@ -4782,8 +4688,7 @@ class SublinearTrainer:
         "gaussian", independent signs as in the paper.
     damping : float >= 0, 0 being the paper's pure step; or "auto", Levenberg-Marquardt: the
         residual (with a ridge, system_residual) never rises, for a step that would raise it is
-        taken back and tried again with more
-        damping, which fades as the linear model proves right.
+        taken back and tried again with more damping, which fades as the linear model proves right.
     ridge : float >= 0; above 0 targets are fitted up to noise. Training then tends to where
         f - y = nu s, s being the sum of the dual steps and nu = ridge times the mean of
         G's diagonal at the start: where no pair flips that is kernel ridge regression with the
@@ -4800,7 +4705,8 @@ class SublinearTrainer:
         halves their memory and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always
         decides in float64.
     tol : float, relative residual ||f - y - nu s|| / ||y|| at which training stops. One below
-        rounding, 0 among them, is met at 1e-12 (1e-6 in float32), once nothing falls any more.
+        rounding, 0 among them, is met at 1e-12 (1e-6 in float32,
+        unless search="lazy"), once nothing falls any more.
     max_iter : int, largest number of steps; 0 leaves the starting network.
     random_state : None, int, numpy RandomState or Generator. With draw="all" the starting weights
         depend on it, on init and on d alone, and a wider network extends a narrower one.
@@ -4882,26 +4788,7 @@ class SublinearTrainer:
         verbose=0,
         comm=None,
     ):
-        self.width = width
-        self.shift = shift
-        self.alpha = alpha
-        self.search = search
-        self.solver = solver
-        self.sketch = sketch
-        self.sketch_size = sketch_size
-        self.init = init
-        self.draw = draw
-        self.damping = damping
-        self.ridge = ridge
-        self.normalize = normalize
-        self.dtype = dtype
-        self.tol = tol
-        self.max_iter = max_iter
-        self.random_state = random_state
-        self.warm_start = warm_start
-        self.callback = callback
-        self.verbose = verbose
-        self.comm = comm
+        vars(self).update((name, value) for name, value in locals().items() if name != "self")
 
     def fit(self, X, y):
         """Collective. Trains on X (n, d) and y (n,), neither of which is modified. Returns self.
@@ -4941,7 +4828,7 @@ class SublinearTrainer:
                 self._begin(X, y, shift, _feature_names(given), seed, ranks, progress)
                 stopped = self._tell(progress)
             first, at_first = len(self.history_), self._system
-            ended = BY_CALLBACK if stopped else self._train(progress)
+            stopped = stopped or self._train(progress)
         except SystemError as error:  # what an exception in a compiled kernel may show as
             while isinstance(error, SystemError) and error.__cause__ is not None:
                 error = error.__cause__
@@ -4951,22 +4838,21 @@ class SublinearTrainer:
             _release_blas()
             self._roll_back()
             progress.close()
-        unexpected = not self.converged_ and ended != BY_CALLBACK and self.max_iter > 0
-        if unexpected and ranks.rank == 0:
-            later = (told["system_residual"] for told in self.history_[first:])
-            self._warn(ended, [at_first, *later])
+        if not (self.converged_ or stopped) and self.max_iter > 0 and ranks.rank == 0:
+            later = (record["system_residual"] for record in self.history_[first:])
+            self._warn([at_first, *later])
 
     def _agree(self, X, y, seed, ranks):
         """Makes sure that all ranks fit the same. Returns the seed, rank 0's if it is drawn, and
         whether any rank has a callback."""
         if ranks.size == 1:
             return seed, self.callback is not None
+        # First what makes other things differ.
         same = {"X": X, "y": y, "warm_start": self.warm_start, **self.get_params()}
         for name in ("comm", "callback", "verbose"):
             del same[name]
         same["random_state"] = None if self.random_state is None else seed
-        goes_on = self.warm_start and hasattr(self, "history_")
-        same["the network of the last fit"] = self._told_apart() if goes_on else None
+        same["the network of the last fit"] = None if seed is not None else self._told_apart()
         ranks.agree(same)
         seeds, given = ranks.gather(np.array([seed or 0], np.uint64), [self.callback is not None])
         return int(seeds[0]), bool(given.any())
@@ -4986,7 +4872,7 @@ class SublinearTrainer:
         begin, n_features = time.perf_counter(), X.shape[1]
         scales = _Scales.of(X, y, self.normalize)
         X, y = scales.unit_rows(X), scales.targets(y)
-        d, unreachable = X.shape[1], self._unreachable_part(X, y)
+        d, unreachable = X.shape[1], _unreachable(X, y, warn=self.ridge == 0)
         shift, enough = self._choose_shift(X, y - unreachable, shift, progress)
         law = None
         often = self.draw == "auto" and _fires_often(len(X), d, self.width, shift)
@@ -5002,7 +4888,7 @@ class SublinearTrainer:
         fitted |= {} if names is None else {"feature_names_in_": names}
         damping = 0.0 if self.damping == "auto" else float(self.damping)
         told = dict.fromkeys(("changed", "flips", "inner_iterations", "rejected"), 0)
-        fitted |= self._with_record([], fitted, _Stopwatch(), damping=damping, **told)
+        fitted |= self._with_record(fitted, _Stopwatch(), damping=damping, **told)
         fitted["init_seconds_"] = time.perf_counter() - begin
         # Nothing of this object changes before, so that input that is refused leaves it as it was;
         # and all at once, since an interrupt may come at any moment.
@@ -5031,12 +4917,12 @@ class SublinearTrainer:
                 "over its ranks; save the network, and load it before you set another"
             )
         X, y = scales.unit_rows(X), scales.targets(y)
-        unreachable = self._unreachable_part(X, y)
+        unreachable = _unreachable(X, y, warn=self.ridge == 0)
         same_points = np.array_equal(X, self._X)
         if (
             type(search) is _search_class(self.search, X, self.width, self.shift_)
             and search.dtype == self.dtype
-            and (search.clear is None or SOLVERS[self.solver] not in (_Sketch, _Richardson))
+            and (search.clear is None or not SOLVERS[self.solver].sketches)
             and same_points
             and start.ranks is ranks
         ):
@@ -5058,10 +4944,6 @@ class SublinearTrainer:
             }
         fitted |= self._reached(vars(self) | fitted)
         vars(self).update(fitted, init_seconds_=time.perf_counter() - begin)
-
-    def _unreachable_part(self, X, y):
-        """The part of y that no function of X can fit. A ridge makes that no fault of the data."""
-        return _unreachable(X, y, warn=self.ridge == 0)
 
     def _choose_shift(self, X, y, highest, progress):
         """The threshold that shift="auto" takes, or `highest`, which is what shift is otherwise;
@@ -5094,7 +4976,7 @@ class SublinearTrainer:
             if may_wake and start.draws_live:
                 moved = _with_live_pairs(moved, start, progress.drawn)
             start = start.shown()
-        lean = SOLVERS[self.solver] not in (_Sketch, _Richardson)  # which ask for the active sets
+        lean = not SOLVERS[self.solver].sketches
         targets = y - unreachable
         search = kind(X, targets, start, shift, moved, may_wake, lean, dtype, progress.drawn)
         fitted = {"_X": X, "_y": y, "_unreachable": unreachable, "n_live_": search.n_live}
@@ -5102,7 +4984,7 @@ class SublinearTrainer:
 
     def _train(self, progress):
         """Steps until the residual is at most tol, or at the floor of rounding, or max_iter of
-        them. Returns how it ended."""
+        them. True if a callback has ended it."""
         with _one_blas_thread():
             solver, damping = self._new_solver(), _Damping(self.damping)
         last, rounding = self.n_iter_ + self.max_iter, self._rounding()
@@ -5110,37 +4992,33 @@ class SublinearTrainer:
             before = self._system
             stepped = self._step(solver, damping, progress, self.n_iter_ + 1 == last)
             if stepped and self._tell(progress):
-                return BY_CALLBACK
+                return True
             # Nothing is gained where no step lowers the residual, or none can be made; pure steps
             # may raise it for a while, unless rounding is all that is left of it.
             gained = stepped and self._system <= (1.0 - 1e-10) * before
             final = not stepped or damping.adaptive or self._system <= rounding
             if not gained and final:
                 break
-        ended = AFTER_MAX_ITER if self.n_iter_ == last else AT_A_FLOOR
         self.converged_ = bool(self._system <= max(self.tol, rounding))
-        return ended
+        return False
 
-    def _system_residual(self, outputs, dual, fitted):
-        """f - y - nu s (n,), without the part of y that cannot be fitted; and its relative
-        size, with that part unless there is a ridge. `fitted` holds _y, _unreachable and
-        _mean_diagonal."""
-        ridge = self.ridge * fitted["_mean_diagonal"]
-        error = outputs - (fitted["_y"] - fitted["_unreachable"])
-        if ridge == 0:
-            return error, _relative_residual(outputs, fitted["_y"])
-        error -= ridge * dual
+    def _system_residual(self, fitted):
+        """f - y - nu s (n,), without the part of y that cannot be fitted; and its relative size,
+        with that part unless there is a ridge. `fitted` holds the attributes of a network."""
+        outputs, y = fitted["_search"].outputs, fitted["_y"]
+        error, nu = outputs - (y - fitted["_unreachable"]), self.ridge * fitted["_mean_diagonal"]
+        if nu == 0:
+            return error, _relative(outputs - y, y)
+        error -= nu * fitted["_dual"]
         # A point without active neurons is met by a s_i that moves no weight, and is left out.
         error[fitted["_search"].jacobian().active_counts() == 0] = 0.0
-        return error, _relative(error, fitted["_y"])
+        return error, _relative(error, y)
 
-    def _reached(self, fitted, dual=None):
-        """residual_, converged_ and what else follows from the outputs and the sum of dual steps,
-        which is the one in `fitted` unless it is given."""
-        outputs, dual = fitted["_search"].outputs, fitted["_dual"] if dual is None else dual
-        _, system_residual = self._system_residual(outputs, dual, fitted)
-        residual = _relative_residual(outputs, fitted["_y"])
-        reached = {"residual_": residual, "_system": system_residual, "_dual": dual}
+    def _reached(self, fitted):
+        """residual_, converged_ and what else follows from the outputs and s."""
+        residual = _relative(fitted["_search"].outputs - fitted["_y"], fitted["_y"])
+        _, system_residual = self._system_residual(fitted)
+        reached = {"residual_": residual, "_system": system_residual, "_dual": fitted["_dual"]}
         return reached | {"converged_": system_residual <= self.tol}
 
     def _rounding(self):
@@ -5149,7 +5027,7 @@ class SublinearTrainer:
 
     def _new_solver(self):
         kind, problem = SOLVERS[self.solver], (self._X, self.shift_)
-        if kind in (_Sketch, _Richardson):
+        if kind.sketches:
             seed = self._search.start.seed
             return kind(*problem, SKETCHES[self.sketch], self.sketch_size, seed)
         if kind is _Gradient:
@@ -5160,14 +5038,19 @@ class SublinearTrainer:
         """One step and its record; False if it is not finite, or if no damping makes the residual
         fall."""
         search, stopwatch, before = self._search, _Stopwatch(), self._system
-        J, ridge = search.jacobian(), self.ridge * self._mean_diagonal
+        J, nu = search.jacobian(), self.ridge * self._mean_diagonal
         # g leaves out the part of f - y that no step can reduce: it would blow g up as mu falls,
         # without moving a weight.
-        residual, _ = self._system_residual(search.outputs, self._dual, vars(self))
+        residual, _ = self._system_residual(vars(self))
         for rejected in range(TRIALS):
             mu = damping.value(search.mean_diagonal, before)
             try:
-                step, inner_iterations = self._solve(solver, J, residual, ridge + mu, stopwatch.lap)
+                # With more points, threads of BLAS gain more than they lose.
+                with _one_blas_thread() if len(residual) <= solver.one_thread else nullcontext():
+                    solver.prepare(J, nu + mu)
+                    stopwatch.lap("seconds_jacobian")
+                    step, inner_iterations = solver.solve(residual)
+                    stopwatch.lap("seconds_solve")
             except np.linalg.LinAlgError:
                 if not damping.adaptive:
                     raise
@@ -5175,26 +5058,25 @@ class SublinearTrainer:
                 continue
             if not np.isfinite(step).all():
                 return False
-            promised = solver.promise(J, residual, step, ridge, mu)
-            promised = promised if ridge else promised - self._unreachable
+            promised = solver.promise(J, residual, step, nu, mu)
+            promised = promised if nu else promised - self._unreachable
             # Points without active neurons move no weight, but their g_i can be as large as 1 / mu,
             # which would drown the others in sums.
             step = np.where(J.active_counts() > 0, step, 0.0)
-            dual = self._dual + step
+            trial = {**vars(self), "_dual": self._dual + step}
             changed, self._unfinished = search.changing, (search.mark(), progress)
             flips = search.advance(step, stopwatch.lap)
-            _, after = self._system_residual(search.outputs, dual, vars(self))
+            _, after = self._system_residual(trial)
             doubtful = search.rounding > DOUBT * after * _norm(self._y)
             if (after <= self.tol or is_last) and doubtful:
                 search.settle()
                 stopwatch.lap("seconds_query")
-                _, after = self._system_residual(search.outputs, dual, vars(self))
+                _, after = self._system_residual(trial)
             if after < before or not damping.adaptive:
                 damping.accept(before, after, np.linalg.norm(promised) / _norm(self._y))
-                counts = {"changed": changed, "flips": flips, "rejected": rejected}
-                inner = {"inner_iterations": inner_iterations, "damping": float(mu)}
-                told = {**counts, **inner, "dual": dual}
-                reached = self._with_record(self.history_, vars(self), stopwatch, **told)
+                told = {"changed": changed, "flips": flips, "rejected": rejected}
+                told |= {"inner_iterations": inner_iterations, "damping": float(mu)}
+                reached = self._with_record(trial, stopwatch, **told)
                 vars(self).update(reached)  # one call, which no interrupt divides: now it is done
                 return True
             self._roll_back()
@@ -5202,20 +5084,12 @@ class SublinearTrainer:
             damping.reject()
         return False
 
-    def _solve(self, solver, J, residual, mu, lap):
-        # With more points, threads of BLAS gain more than they lose.
-        with _one_blas_thread() if len(residual) <= solver.one_thread else nullcontext():
-            solver.prepare(J, mu)
-            lap("seconds_jacobian")
-            solved = solver.solve(residual)
-            lap("seconds_solve")
-        return solved
-
-    def _with_record(self, history, fitted, stopwatch, dual=None, **told):
-        """What _reached tells, n_iter_ and history_ after a step or at the start: `history` and one
-        record more, with what is `told`."""
+    def _with_record(self, fitted, stopwatch, **told):
+        """What _reached tells, n_iter_ and history_ after a step or at the start: with one record
+        more, which holds what is `told`."""
+        history = fitted.get("history_", [])
         search, y, n = fitted["_search"], fitted["_y"], len(fitted["_y"])
-        reached = self._reached(fitted, dual)
+        reached = self._reached(fitted)
         residual, unit = reached["residual_"], _norm(y) * fitted["_scales"].y_unit / np.sqrt(2 * n)
         with np.errstate(over="ignore"):
             loss = float(np.square(residual * unit))
@@ -5252,7 +5126,7 @@ class SublinearTrainer:
         (stopping,) = progress.ranks.sum(np.array([stops]))
         return bool(stopping[0])
 
-    def _warn(self, ended, residuals):
+    def _warn(self, residuals):
         """Says why training has ended above tol, and what to change; `residuals` are those at the
         beginning of the fit and after each of its steps."""
         counts, (n, m) = self._search.jacobian().active_counts(), (len(self._X), self.width)
@@ -5282,11 +5156,11 @@ class SublinearTrainer:
             remedy += "raise shift"
         elif reached <= 10.0 * rounding:
             remedy = "rounding hides what is left of targets so small; scale y"
-            remedy += ', or use dtype="float64"' if self.dtype == "float32" else ""
+            remedy += ', or use dtype="float64"' if self._rounding() > 1e-12 else ""
         elif slowed and len(last) > 1 and last[-1] > 0.8 * last[-2]:
             remedy = f"steps are short with damping={self.damping:g}; lower it, or use "
             remedy += '"auto"'
-        elif ended == AFTER_MAX_ITER and last[-1] < 0.99 * last[0]:
+        elif len(residuals) > self.max_iter and last[-1] < 0.99 * last[0]:
             remedy = f"it was still falling; raise max_iter, or, for faster steps, {wider}{noisy}"
         elif self.n_features_in_ <= 2:
             remedy = (
@@ -5375,6 +5249,7 @@ class SublinearTrainer:
         self._check_fitted()
         return self._start.all_signs()
 
+    @_quiet
     def active_sets(self):
         """Neurons active on each training point now, those of all ranks: (indptr, indices), those
         of point i being indices[indptr[i]:indptr[i + 1]], ascending. Collective."""
@@ -5433,8 +5308,7 @@ class SublinearTrainer:
                 self._search.check()
         X, shift = self._X, self.shift_
         active = self._active_sets()
-        single = self.dtype == "float32" and self.search != "lazy"
-        tolerance = 1e-4 if single else 1e-9
+        tolerance = 1e-4 if self._rounding() > 1e-12 else 1e-9
         outputs, sizes = np.zeros(len(X)), np.zeros(len(X))  # of sums, and of what they add up
         for first in range(0, len(W), BLOCK):
             block = W[first : first + BLOCK]
@@ -5450,20 +5324,22 @@ class SublinearTrainer:
             assert not wrong.any(), "active sets are not those of the weights"
             outputs += signs[first : first + BLOCK] @ np.maximum(excess, 0.0)
             sizes += ((excess >= 0) * scales).sum(axis=0)
-        residual = _relative_residual(outputs / np.sqrt(len(W)), self._y)
+        residual = _relative(outputs / np.sqrt(len(W)) - self._y, self._y)
         size = np.linalg.norm(sizes / np.sqrt(len(W))) / _norm(self._y)
         error = abs(residual - self.residual_)
         tolerance *= 10 * (1.0 + residual) + 1e-3 * size
         assert error <= tolerance, "the residual is not that of the weights"
 
+    @_quiet
     def save(self, path):
         """Writes the trained network to the file `path`, an npz without pickled objects.
         Collective: rank 0 writes one file, the same, but for seconds, as one process writes.
 
-        It holds the weights of live neurons (n_live, d), and those of all (m, d) with
-        init="gaussian" or search="dense"; the training points, options and history. A kill at any
-        moment leaves the old file or the new one, whole. A callback is not saved, and of
-        random_state its seed.
+        It holds the weights of the live neurons that the search holds; those it has forgotten are
+        drawn again, from the seed. With init="gaussian" or search="dense" it holds the weights of
+        all (m, d). Further the training points, options and history. A kill at any moment leaves
+        the old file or the new one, whole. The callback and comm are not saved; of random_state,
+        the seed is.
         """
         with self._at_whole_step() as ranks:
             self._check_options()  # which may have been set since, and load will check them
@@ -5480,6 +5356,7 @@ class SublinearTrainer:
         """
         return _load(cls, path)
 
+    @_quiet
     def __getstate__(self):
         """Collective. What pickle and copy take: the network, which predicts the same to the bit,
         and all options; not the search, which is made again where training goes on. What is spread
@@ -5542,7 +5419,7 @@ class SublinearTrainer:
 
     def _check_options(self):
         """Raises on bad options; returns the threshold, the highest one with shift="auto"."""
-        _check_integer("width", self.width, 1, WIDEST)
+        _check_integer("width", self.width, 1, 1 << 50)
         for name, known in (
             ("search", SEARCHES),
             ("solver", SOLVERS),
@@ -5584,15 +5461,12 @@ class SublinearTrainer:
 
     def _check_sketch_size(self, n):
         size = self.sketch_size
-        if size is None or self.solver not in ("sketch", "richardson"):
+        if size is None or not SOLVERS[self.solver].sketches:
             return
         if size < n:
             raise ValueError(f"sketch_size must be at least the number {n} of points, got {size}")
         what = f"a sketch with sketch_size={size}"
         _check_memory(what, 16 * size * n, "use a smaller one")
-
-
-WIDEST = 1 << 50
 
 
 def _norm(y):
@@ -5605,10 +5479,6 @@ def _norm(y):
 
 def _relative(error, y):
     return float(_norm(error) / _norm(y)) if error.any() else 0.0
-
-
-def _relative_residual(outputs, y):
-    return _relative(outputs - y, y)
 
 
 @cache
@@ -5633,11 +5503,8 @@ def _check_real(name, value, low=-np.inf, below=np.inf):
     except OverflowError:
         finite, got = False, "an integer beyond all floats"
     if not finite or not low <= value < below:
-        allowed = (
-            "finite"
-            if np.isinf(low) and np.isinf(below)
-            else f"a finite number in [{low:g}, {below:g})"
-        )
+        everywhere = np.isinf(low) and np.isinf(below)
+        allowed = "finite" if everywhere else f"a finite number in [{low:g}, {below:g})"
         raise ValueError(f"{name} must be {allowed}, got {got}")
     return float(value)
 
@@ -5800,21 +5667,15 @@ def _check_features(X, fitted):
             if those
         ]
         lists = lists or ["Feature names must be in the same order as they were in fit."]
-        raise ValueError(
-            "\n".join(["The feature names should match those that were passed during fit.", *lists])
-            + "\n"
+        text = "The feature names should match those that were passed during fit."
+        raise ValueError("\n".join([text, *lists, ""]))
+    if (names is None) != (expected is None):
+        has, how = ("has", "without") if expected is None else ("does not have valid", "with")
+        warnings.warn(
+            f"X {has} feature names, but SublinearTrainer was fitted {how} feature names",
+            UserWarning,
+            stacklevel=4,
         )
-    for one, other in ((names, expected), (expected, names)):
-        if one is None and other is not None:
-            has, fitted_with = (
-                ("does not have valid", "with") if names is None else ("has", "without")
-            )
-            warnings.warn(
-                f"X {has} feature names, but SublinearTrainer was fitted {fitted_with} feature "
-                "names",
-                UserWarning,
-                stacklevel=4,
-            )
     if array.shape[1] != fitted.n_features_in_:
         raise ValueError(
             f"X has {array.shape[1]} features, but SublinearTrainer is expecting "
@@ -5955,24 +5816,15 @@ def _check_comm(comm):
     return comm
 
 
-def _check_jacobian(J):
-    if not isinstance(J, SparseJacobian):
-        raise TypeError(f"J must be a SparseJacobian, got {type(J).__name__}")
-
-
 def _check_memory(what, needed, remedy="use fewer neurons or points"):
     """Refuses what cannot fit, before it is allocated."""
     try:
         with open("/proc/meminfo") as lines:
-            available = next(
-                1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")
-            )
+            found = (line for line in lines if line.startswith("MemAvailable"))
+            available = 1024 * int(next(found).split()[1])
     except (OSError, StopIteration):  # not Linux
-        available = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            if hasattr(os, "sysconf")
-            else np.inf
-        )
+        sizes = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
+        available = math.prod(map(os.sysconf, sizes)) if hasattr(os, "sysconf") else np.inf
     if needed > available:
         raise MemoryError(
             f"{what} would need {needed / 2**30:,.1f} GiB, but {available / 2**30:,.1f} GiB are "
