@@ -140,9 +140,9 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 # Sums over neurons are added up in this many chunks, whatever the number of threads, and the
 # chunks in their order, so that a seed gives the same bits with any number of threads. Kernels that
-# end in (low, high) work on a range of items and are called by _over_items, at the end of the
-# module; those that end in (edges, totals) are called by _sum_over_chunks: edges divide items into
-# chunks, and each chunk has a row of totals.
+# end in (low, high) do the items low, ..., high - 1 and are mostly run by _over_items; those that
+# end in (edges, totals) are run by _sum_over_chunks, and row c of totals is for the items edges[c],
+# ..., edges[c + 1] - 1. Both are at the end of the module.
 CHUNKS = 64
 
 
@@ -547,7 +547,7 @@ class _Start(NamedTuple):
     @property
     def longest(self):
         """At least as large as the length of any of these vectors."""
-        drawn = 4.0 * LARGEST_NORMAL * math.sqrt(self.d)
+        drawn = 4.0 * LARGEST_NORMAL * math.sqrt(self.d)  # a live one is g + (z - <g, x>) x
         return drawn if self.stored is None else max(drawn, _longest(self.stored[0]))
 
     @property
@@ -1406,7 +1406,8 @@ def _gram(XXt, counts, width):
 
 
 def _counts_of_threads(n):
-    """Zeros (threads, n, n): one for each thread, of which so few that they take 256 MB at most."""
+    """Zeros (threads, n, n): one for each thread, of which so few that they take 256 MB at most, if
+    there is more than one."""
     threads = max(1, min(numba.get_num_threads(), (1 << 26) // n**2))
     return np.zeros((threads, n, n), np.int32)
 
@@ -1416,7 +1417,8 @@ class SparseJacobian(LinearOperator):
     of shape (n, m d).
 
     Block (i, r) is m^(-1/2) signs[r] x_i^T if neuron r is active on point i and zero otherwise
-    (Definition 2.6). A product with J or J^T costs O(nnz d); nothing of size n m d is formed.
+    (Definition 2.6). A product with J costs O(nnz d), one with J^T O(nnz d + m d); nothing of size
+    n m d is formed.
 
     Parameters
     ----------
@@ -1515,8 +1517,8 @@ class SparseJacobian(LinearOperator):
 # ==================================================================================================
 #
 # S J^T is a sum over active pairs of m^(-1/2) a_r S kron(e_r, x_i), so only the columns of S that
-# meet an active neuron are ever computed, each from a hash of its number. Every sketch is
-# unbiased: E[(S J^T)^T (S J^T)] = G.
+# meet an active neuron are ever computed, from hashes of the neuron's number and from signs that
+# all neurons share. Every sketch is unbiased: E[(S J^T)^T (S J^T)] = G.
 
 SPARSITY = 4  # nonzeros in a column of the sparse sign sketch; 4 to 8 are usual [NN13]
 
@@ -1716,12 +1718,13 @@ SKETCHES = {"sparse": sparse_sign_sketch, "srht": srht_sketch, "gaussian": gauss
 # A solver is made for one training, from a problem's points and threshold, and keeps what outlives
 # a step: a tolerance, a generator, a rate, an earlier factor. In each step prepare(J, mu) makes
 # what the system is solved from, the Gram matrix or a sketch, and solve(residual) returns g and
-# the number of inner iterations; their mu includes nu. Singular systems raise LinAlgError.
+# the number of inner iterations; their mu includes nu, while promise() gets the two apart. Singular
+# systems raise LinAlgError.
 
 
 def _singular_error(J, otherwise=""):
-    """LinAlgError that says why the Gram matrix is singular and what to do; or `otherwise`, if that
-    is not certain."""
+    """LinAlgError that says why the Gram matrix is singular and what to do; `otherwise` is added
+    where a sketch may be to blame."""
     silent = np.flatnonzero(J.active_counts() == 0)
     twins = np.argwhere(np.tril(J._XXt, -1) > 1 - 1e-12)
     remedy = "a larger width or a smaller shift"
@@ -1744,8 +1747,9 @@ RTOL = "rtol" if "rtol" in inspect.signature(cg).parameters else "tol"
 
 
 def _conjugate_gradients(system, residual, tolerance, limit, inverse=None):
-    """To ||G g - (f - y)|| <= tolerance ||f - y||, preconditioned by `inverse`, a function near the
-    inverse of the system; and the number of iterations."""
+    """To ||A g - r|| <= tolerance ||r|| for the system A and the residual r, preconditioned by
+    `inverse`, a function near the inverse of A; and the number of iterations. Raises LinAlgError
+    beyond twice that, or 1e-10 if that is more."""
     iterations = 0
 
     def count(_):
@@ -2146,18 +2150,19 @@ class _Network(NamedTuple):
 
 
 class _Moved(NamedTuple):
-    """This rank's neurons whose weights come from an earlier fit: all that it held, its live ones,
-    or all m after "dense", whether or not they have moved."""
+    """This rank's neurons that a search is given with their weights: those that an earlier fit
+    held, its live ones, or all m after "dense", whether or not they have moved; and live pairs that
+    were drawn for it."""
 
     numbers: np.ndarray  # (k,) ascending
     weights: np.ndarray  # (k, d)
     signs: np.ndarray  # (k,)
-    # At least as large as the length of any of them on any rank; 0 if there is no earlier fit.
+    # At least as large as the length of any of an earlier fit, on any rank; 0 if there was none.
     longest: float
 
     @property
     def anywhere(self):
-        """Whether there are any, on this rank or another."""
+        """Whether some come from an earlier fit, on this rank or another."""
         return self.longest > 0
 
     @classmethod
@@ -2188,10 +2193,12 @@ class _Search:
 
     Attributes: outputs f (n,); nnz, the number of active pairs; changing, the number |K| of neurons
     that the next step moves; flips, how many pairs have flipped so far; n_live, how many neurons
-    are live: all of these of all ranks. live and signs are the numbers and the signs of this rank's
-    neurons whose weights are held, live ones, or all with "dense". In active.neurons a neuron is
-    named by its place in `live`. `operations` counts multiply-adds, comparisons and moves of
-    products, `looked_at` the neurons whose products were read, of all ranks.
+    were active on some point when the search began or, except with "dense", were held by an earlier
+    fit; rounding, a bound on the length of the error of outputs: all of these of all ranks. live
+    and signs are the numbers and the signs of this rank's neurons whose weights are held, live
+    ones, or all with "dense". In active.neurons a neuron is named by its place in `live`.
+    `operations` counts multiply-adds, comparisons and moves of products, `looked_at` the neurons
+    whose products were read, of all ranks.
     """
 
     def __init__(self, X, y, start, shift, moved, may_wake, lean, dtype, report):
@@ -2218,15 +2225,16 @@ class _Search:
     def network(self):
         """The network as it is now."""
         if self._network_of[0] is not self.outputs:
-            if self.clear is not None:
+            clear = self.clear
+            if clear is not None:
                 what = f"weights of {self.live.size} neurons near the threshold"
                 _check_memory(what, 24 * self.live.size * self.X.shape[1])
             order = np.argsort(self.live)
             weights = self._weights(order)
             longest = max(_longest(weights), self.start.longest)
-            longest += 0.0 if self.clear is None else self.clear.pulled
+            longest += 0.0 if clear is None else clear.pulled
             held = self.live[order], self.signs[order], weights, longest
-            network = _Network(self.start, self.shift, *held, self.clear)
+            network = _Network(self.start, self.shift, *held, clear)
             self._network_of = self.outputs, network
         return self._network_of[1]
 
@@ -2385,8 +2393,8 @@ class _Dense(_ForwardPass):
 class _Flips(NamedTuple):
     """The flips that a look for them found, all at one moment."""
 
-    # Each entry is None, or FLIPs and an array of one number, how many of them are written so far
-    # (all, when a look is over). A lazy look has CHUNKS entries, filled at the first chunk of each
+    # Each entry is None, or FLIPs and an array of one number, how many they are: 0 until the kernel
+    # has written all of them. A lazy look has CHUNKS entries, filled at the first chunk of each
     # share of _in_threads; a scan or a tree has one entry.
     pieces: list
     sums: np.ndarray  # s then
@@ -2437,8 +2445,8 @@ def _ranges(starts, ends):
 
 @njit(nogil=True, fastmath=FAST)
 def _move_leaves(rows, active, scale, step, XXt, X, groups, starts, first_parent, low, high):
-    """rows[r] += X dw_r, where dw_r = scale[r] * sum over i in act(r) of step[i] x_i is the move of
-    neuron r, for the groups low, ..., high - 1 of siblings.
+    """rows[r] += X dw_r, where r = active.neurons[q] and dw_r = scale[q] * sum over i in act(r) of
+    step[i] x_i is the move of neuron r, for the groups low, ..., high - 1 of siblings.
 
     Group p holds active.neurons[starts[p]:starts[p + 1]]. Its parent is mended while it is in cache
     if first_parent, the first row of the parents' level, is not 0.
@@ -2685,7 +2693,7 @@ ROW = np.dtype(
 
 
 class LiveRows(NamedTuple):
-    """The rows of all live neurons, and their pairs."""
+    """The rows of this rank's live neurons, but for clear ones that are left out; their pairs."""
 
     rows: np.ndarray  # (n_live,) ROW
     certificates: np.ndarray  # (n_live,) inf if no pair can flip any more; -inf to be looked at
@@ -3856,7 +3864,7 @@ class Packed(NamedTuple):
     active: np.ndarray  # (n_live,) int64, points that the neuron is active on
     slack: np.ndarray  # (n_live,) length of a move from the weights below which no pair can flip
     certificates: np.ndarray  # (n_live,) D up to which none can
-    looked: np.ndarray  # (n_live,) int64
+    looked: np.ndarray  # (n_live,) int64, the moment that weights are of
 
 
 @njit(inline="always")

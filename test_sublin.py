@@ -4660,6 +4660,7 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(ranks, threads, alone
 
 # What one rank does, and how the run ends: the exception on that rank and on the others, and words
 # of the message.
+FULL = "MemoryError", "RuntimeError", "by MemoryError: full"
 ENDS = {
     "other X": ("X = X + (rank == 1)", "ValueError", "ValueError", "X must be the same on all"),
     "X of another shape": ("X = X[: 40 + rank]; y = y[: 40 + rank]", *["ValueError"] * 2, "X must"),
@@ -4682,26 +4683,11 @@ ENDS = {
         "RuntimeError",
         "rank 1 was ended by LookupError: enough",
     ),
-    "no memory": ("breaks(sublin, '_look')", "MemoryError", "RuntimeError", "by MemoryError: full"),
-    "while drawing": (
-        "breaks(sublin._LiveBlocks, 'block')",
-        "MemoryError",
-        "RuntimeError",
-        "by MemoryError: full",
-    ),
-    "in the solver": (
-        "breaks(sublin._Cholesky, 'solve')",
-        "MemoryError",
-        "RuntimeError",
-        "by MemoryError: full",
-    ),
-    "in the last pass": (
-        "sublin.DOUBT = -1.0; breaks(sublin, '_add_active_outputs')",
-        "MemoryError",
-        "RuntimeError",
-        "by MemoryError: full",
-    ),
-    "the end of the step": ("breaks(net, '_tell')", "MemoryError", "RuntimeError", "MemoryError"),
+    "no memory": ("breaks(sublin, '_look')", *FULL),
+    "while drawing": ("breaks(sublin._LiveBlocks, 'block')", *FULL),
+    "in the solver": ("breaks(sublin._Cholesky, 'solve')", *FULL),
+    "in the last pass": ("sublin.DOUBT = -1.0; breaks(sublin, '_add_active_outputs')", *FULL),
+    "the end of the step": ("breaks(net, '_tell')", *FULL),
     "other bits": ("differs()", "RuntimeError", "RuntimeError", "ranks have computed other bits"),
     "an interrupt": (
         "options['callback'] = interrupts if rank else None",
@@ -4721,12 +4707,7 @@ ENDS = {
         *["ValueError"] * 2,
         "X must be the s",
     ),
-    "a caught error in a callback": (
-        "options['callback'] = catches",
-        "MemoryError",
-        "RuntimeError",
-        "rank 1 was ended by MemoryError: full",
-    ),
+    "a caught error in a callback": ("options['callback'] = catches", *FULL),
     "an error that a callback catches on the others": (
         "options['callback'] = fails if rank else catches",
         "LookupError",
@@ -4926,12 +4907,26 @@ def test_the_script_on_ranks_in_the_readme_runs_word_for_word(tmp_path):
     assert first[-5:] == second[-5:] and float(first[-5:]) < 1e-6
 
 
+def test_what_rounding_has_gathered_is_taken_back_with_the_step():
+    X, y = problem(8, 3)
+    fitted = trainer(200, shift=0.5, max_iter=1).fit(X, y)
+    search = fitted._search
+    before = search.rounding
+    assert before > 0
+    mark = search.mark()
+    search.advance(0.1 * y, lambda _: None)
+    search.settle()
+    assert search.rounding == 0.0
+    search.undo(mark)
+    assert search.rounding == before
+
+
 @searches
 def test_steps_that_are_taken_back_never_run_out_of_moments(search, monkeypatch):
     monkeypatch.setattr(sublin, "MOMENTS", 4)
     X, y = problem(8, 3)
     fitted = trainer(200, search=search, shift=0.5, max_iter=1).fit(X, y)
-    before, lap = fitted._search.outputs, lambda _: None
+    before, lap = fitted._search.outputs.copy(), lambda _: None
     for number in range(12):
         mark = fitted._search.mark()
         with pytest.MonkeyPatch.context() as patch, suppress(TimeoutError):
