@@ -1416,7 +1416,7 @@ class SparseJacobian(LinearOperator):
     """Jacobian of the network at the points X, from its active sets alone: a SciPy LinearOperator
     of shape (n, m d).
 
-    Block (i, r) is m^(-1/2) signs[r] x_i^T if neuron r is active on point i and zero otherwise
+    Part (i, r) is m^(-1/2) signs[r] x_i^T if neuron r is active on point i and zero otherwise
     (Definition 2.6). A product with J costs O(nnz d), one with J^T O(nnz d + m d); nothing of size
     n m d is formed.
 
@@ -2049,8 +2049,9 @@ class _Network(NamedTuple):
 
         def of_block(W, signs):  # what these neurons add to sqrt(m) f
             W = W.astype(float, copy=False)
-            added = [np.maximum(x @ W.T - self.shift, 0.0) @ signs for x in parts]
-            return _to_fixed(np.concatenate(added), resolution)
+            with np.errstate(all="ignore"):  # in this thread
+                added = [np.maximum(x @ W.T - self.shift, 0.0) @ signs for x in parts]
+                return _to_fixed(np.concatenate(added), resolution)
 
         if self.start.init == "antisymmetric" or self.live.size == width:
             edges = np.flatnonzero(np.diff(self.live // self.start.block_size)) + 1
@@ -3247,7 +3248,7 @@ class _Clear(NamedTuple):
             return found
 
         groups = _LiveBlocks(self.sieve.start, NOBODY).groups(of_block, _to_nobody)
-        return [found for block in _one_by_one(groups) for found in block]
+        return (found for block in _one_by_one(groups) for found in block)
 
     @property
     def pulled(self):
@@ -4813,10 +4814,12 @@ class SublinearTrainer:
 
     @property
     def _ranks(self):
-        """The processes that `comm` names: those that share the network, if it is the same comm."""
-        ranks = _Ranks(_check_comm(self.comm))
-        known = self._start.ranks if hasattr(self, "history_") else ranks
-        return known if known.comm is ranks.comm else ranks
+        """The processes that `comm` names: the same object for all trainers, so that one may be
+        used in a callback of another."""
+        comm = _check_comm(self.comm)
+        if comm is None or comm.size == 1:
+            return _Ranks()
+        return _ranks_of.setdefault(id(comm), _Ranks(comm))
 
     def _fit(self, X, y, ranks, progress):
         shift = self._check_options()
@@ -4919,7 +4922,7 @@ class SublinearTrainer:
                     f"{name} must stay {before!r} for warm_start=True to go on with the network, "
                     f"got {now!r}; use warm_start=False to begin anew"
                 )
-        if start.ranks.size > 1 and start.ranks is not ranks:
+        if start.ranks.size > 1 and start.ranks.comm is not ranks.comm:
             raise ValueError(
                 "comm must stay the same for warm_start=True to go on with neurons that are spread "
                 "over its ranks; save the network, and load it before you set another"
@@ -4932,7 +4935,7 @@ class SublinearTrainer:
             and search.dtype == self.dtype
             and (search.clear is None or not SOLVERS[self.solver].sketches)
             and same_points
-            and start.ranks is ranks
+            and start.ranks.comm is ranks.comm
         ):
             fitted = {"_y": y, "_unreachable": unreachable}
         else:
@@ -5352,6 +5355,7 @@ class SublinearTrainer:
         with self._at_whole_step() as ranks:
             self._check_options()  # which may have been set since, and load will check them
             _save(self, path, ranks)
+            ranks.sum()  # others wait here while rank 0 writes
 
     @classmethod
     def load(cls, path):
@@ -5368,13 +5372,13 @@ class SublinearTrainer:
     def __getstate__(self):
         """Collective. What pickle and copy take: the network, which predicts the same to the bit,
         and all options; not the search, which is made again where training goes on. What is spread
-        over ranks is copied whole, with comm=None."""
+        over ranks is copied whole; comm is None then."""
         if not hasattr(self, "history_"):
             return vars(self)
-        with self._at_whole_step() as ranks:
+        with self._at_whole_step():
             network = self._trained_network().of_all_ranks()
-        held = {"_network": network, "_search": None, "_unfinished": None}
-        return {**vars(self), **held, "comm": self.comm if ranks.size == 1 else None}
+        held = {"_network": network, "_search": None, "_unfinished": None, "comm": None}
+        return {**vars(self), **held}
 
     def get_params(self, deep=True):
         """Constructor arguments by name."""
@@ -6029,6 +6033,7 @@ def _interrupts_noted():
     in_main = threading.current_thread() is threading.main_thread()
     usual = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:
+        _interrupts["noted"] = False
         if usual:
             signal.signal(signal.SIGINT, lambda *_: _interrupts.update(noted=True))
         yield
@@ -6038,9 +6043,12 @@ def _interrupts_noted():
     _raise_interrupt()  # one that came during the last message
 
 
+_ranks_of = {}  # by the id of their communicator, which they hold
+
+
 class _Ranks:
-    """The processes of a communicator, this one's number among them being `rank`. Without a
-    communicator, or with one of a single process, nothing is sent.
+    """The processes of a communicator, this one's number among them being `rank`. Without one there
+    is this process only, and nothing is sent.
 
     What they do together is in stretches, see together(), in which all send the same messages.
     Every message is, or follows, a sum of integers, HEAD and then others, of a length that all
@@ -6050,8 +6058,8 @@ class _Ranks:
     """
 
     def __init__(self, comm=None):
-        self.comm = None if comm is None or comm.size == 1 else comm
-        self.rank, self.size = (0, 1) if self.comm is None else (comm.rank, comm.size)
+        self.comm = comm
+        self.rank, self.size = (0, 1) if comm is None else (comm.rank, comm.size)
         self._buffers = None  # of the next message, (2, its length); None outside of stretches
         self._told = None  # the error that all ranks have been told of in this stretch
 
@@ -6071,7 +6079,7 @@ class _Ranks:
         if outer is not None:
             self.sum(alike=b"a stretch within another")
         try:
-            self.lengthen(0)
+            self._buffers = np.zeros((2, HEAD), np.int64)
             with nullcontext() if outer is not None else _interrupts_noted():
                 try:
                     yield self
@@ -6085,8 +6093,13 @@ class _Ranks:
 
     def lengthen(self, numbers):
         """From now on messages have room for so many numbers."""
-        if self.size > 1:
-            self._buffers = np.zeros((2, HEAD + numbers), np.int64)
+        if self.size == 1:
+            return
+        _check_memory("messages between ranks", 48 * numbers, "use fewer points")
+        buffers = np.zeros((2, HEAD + numbers), np.int64)
+        if self._buffers is not None:
+            self.sum()  # a rank that has no room for them tells here
+        self._buffers = buffers
 
     def sum(self, *arrays, alike=b""):
         """Sums of arrays of integers over all ranks; in one process the arrays themselves. `alike`

@@ -4714,6 +4714,12 @@ ENDS = {
         "RuntimeError",
         "rank 1 was ended by LookupError: enough",
     ),
+    "predictions of another trainer in a callback": (
+        "net = fitted(); options['callback'] = asks_another",
+        "LookupError",
+        "RuntimeError",
+        "rank 1 was ended by LookupError: enough",
+    ),
     "predictions on one rank": (
         "options['callback'] = predicts if rank else None",
         "RuntimeError",
@@ -4791,6 +4797,17 @@ def test_what_ends_one_rank_ends_all_with_the_cause(ranks):
                             net.predict(X)
                         except RuntimeError:
                             pass
+
+                def fitted():
+                    global other
+                    other = sublin.SublinearTrainer(1 << 14, comm=comm, max_iter=1, random_state=0)
+                    other.fit(X, y)
+                    return net
+
+                def asks_another(record):
+                    if rank:
+                        fails(record)
+                    other.predict(X)
 
                 def predicts(record):
                     net.predict(X)
