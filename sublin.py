@@ -2995,20 +2995,24 @@ def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
     d = X.shape[1]
     factors, w, moved = np.empty(len(X)), np.empty(d), np.empty(len(X))
     for chunk in range(edges.size - 1):
+        total = outputs[chunk]
         for q in range(edges[chunk], edges[chunk + 1]):
             row = rows[q]
             first, k, scale = row.start & NOT_NEGATIVE, row.active, -unit * row.sign
             then, here = row.looked - first_moment, now - first_moment
             _travel(points, first, k, scale, sums, then, here, factors)
-            own = points[first : first + k]
-            moved[:k] = products[first : first + k]
-            if _through_gram(k, k, d, entry):
-                _move_through_gram(own, moved, 0, k, k, factors, XXt)
-            else:
-                _combine(own, 0, k, factors, X, w)
-                _move_through_weights(own, moved, 0, k, X, w)
             for a in range(k):
-                _add_fixed(outputs[chunk], own[a], -scale * (moved[a] - shift), resolution)
+                moved[a] = products[first + a]
+            if _through_gram(k, k, d, entry):
+                for a in range(k):
+                    for b in range(k):
+                        moved[a] += factors[b] * XXt[points[first + a], points[first + b]]
+            else:
+                _combine(points, first, k, factors, X, w)
+                for a in range(k):
+                    moved[a] += _dot(w, X[points[first + a]])
+            for a in range(k):
+                _add_fixed(total, points[first + a], -scale * (moved[a] - shift), resolution)
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
@@ -4033,6 +4037,7 @@ def _add_outputs_in_words(packed, signs, geometry, moments, resolution, edges, o
     here, (n, d) = moments.now - moments.first, X.shape
     points, factors, excess, w = np.empty(n, np.uint32), np.empty(n), np.empty(n), np.empty(d)
     for chunk in range(edges.size - 1):
+        total = outputs[chunk]
         for q in range(edges[chunk], edges[chunk + 1]):
             k = _points_of(packed.words[q], points)
             then = packed.looked[q] - moments.first
@@ -4042,7 +4047,7 @@ def _add_outputs_in_words(packed, signs, geometry, moments, resolution, edges, o
             excess[:k] = -shift
             _move_through_weights(points, excess, 0, k, X, w)
             for a in range(k):
-                _add_fixed(outputs[chunk], points[a], unit * signs[q] * excess[a], resolution)
+                _add_fixed(total, points[a], unit * signs[q] * excess[a], resolution)
 
 
 class _InWords(_ByCounts):
