@@ -3392,7 +3392,7 @@ class _ByCounts(_Search):
 
     @property
     def _resolution_now(self):
-        """The integers that make 1 in sums of outputs."""
+        """That of sums of outputs."""
         longest, shift = self._moments.longest * self._geometry.longest, abs(self.shift)
         return _resolution((longest + shift) * self._geometry.unit, self.width)
 
@@ -3528,9 +3528,8 @@ class _ByCounts(_Search):
 class _Lazy(_ByCounts):
     """Looks at the neurons that may have a flip, and at no others.
 
-    What a step replaces as a whole are `outputs`, the counts, `changing` and the moment. Rows
-    change one by one: undo() takes back their flips, which the ledger has, and goes back to the
-    earlier sum of steps, as if by another step.
+    Beside what a step replaces as a whole, rows change one by one: undo() takes back their flips,
+    which the ledger has, and goes back to the earlier sum of steps, as if by another step.
     """
 
     @staticmethod
@@ -4719,8 +4718,8 @@ class SublinearTrainer:
         halves their memory and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always
         decides in float64.
     tol : float, relative residual ||f - y - nu s|| / ||y|| at which training stops. One below
-        rounding, 0 among them, is met at 1e-12 (1e-6 in float32,
-        unless search="lazy"), once nothing falls any more.
+        rounding, 0 among them, is met at 1e-12 (1e-6 in float32, unless search="lazy"), once
+        nothing falls any more.
     max_iter : int, largest number of steps; 0 leaves the starting network.
     random_state : None, int, numpy RandomState or Generator. With draw="all" the starting weights
         depend on it, on init and on d alone, and a wider network extends a narrower one.
@@ -4814,7 +4813,7 @@ class SublinearTrainer:
         ranks = self._ranks
         progress = _Progress(self.verbose, self.max_iter, ranks)
         with np.errstate(all="ignore"), ranks.together():
-            self._fit(X, y, ranks, progress)
+            self._fit(X, y, progress)
         return self
 
     @property
@@ -4826,8 +4825,8 @@ class SublinearTrainer:
             return _Ranks()
         return _ranks_of.setdefault(id(comm), _Ranks(comm))
 
-    def _fit(self, X, y, ranks, progress):
-        shift = self._check_options()
+    def _fit(self, X, y, progress):
+        ranks, shift = progress.ranks, self._check_options()
         goes_on = self.warm_start and hasattr(self, "history_")
         given, X = X, (_check_features(X, self) if goes_on else _check_matrix("X", X))
         y = _check_targets(y, len(X))
@@ -4838,10 +4837,10 @@ class SublinearTrainer:
         ranks.lengthen(2 * len(X) + len(X) ** 2 + 4)
         try:
             if goes_on:
-                self._go_on(X, y, shift, ranks, progress)
+                self._go_on(X, y, shift, progress)
                 stopped = False
             else:
-                self._begin(X, y, shift, _feature_names(given), seed, ranks, progress)
+                self._begin(X, y, shift, _feature_names(given), seed, progress)
                 stopped = self._tell(progress)
             first, at_first = len(self.history_), self._system
             stopped = stopped or self._train(progress)
@@ -4883,7 +4882,7 @@ class SublinearTrainer:
         network = self._trained_network()
         return (*known, network.live, network.weights)
 
-    def _begin(self, X, y, shift, names, seed, ranks, progress):
+    def _begin(self, X, y, shift, names, seed, progress):
         """A new network."""
         begin, n_features = time.perf_counter(), X.shape[1]
         scales = _Scales.of(X, y, self.normalize)
@@ -4895,7 +4894,7 @@ class SublinearTrainer:
         if self.draw != "all" and self.init == "antisymmetric" and not often:
             law = _Law((X,), shift)
             law = law if law.rate <= HIGHEST_RATE else None
-        start = _Start(seed, int(self.width), d, self.init, ranks, law)
+        start = _Start(seed, int(self.width), d, self.init, progress.ranks, law)
         moved = _Moved(NOBODY, np.zeros((0, d), np.float32), np.zeros(0), 0.0)
         fitted = self._problem(X, y, unreachable, shift, start, moved, True, progress)
         fitted |= {"_dual": np.zeros(len(y)), "_mean_diagonal": fitted["_search"].mean_diagonal}
@@ -4911,11 +4910,11 @@ class SublinearTrainer:
         kept = {name: value for name, value in vars(self).items() if name != "feature_names_in_"}
         self.__dict__ = {**kept, **fitted}
 
-    def _go_on(self, X, y, shift, ranks, progress):
+    def _go_on(self, X, y, shift, progress):
         """The weights as they are, perhaps other points, targets or methods."""
         self._roll_back()
         begin, scales, search = time.perf_counter(), self._scales, self._search
-        start = self._start
+        start, ranks = self._start, progress.ranks
         for name, now, before in (
             ("width", self.width, start.width),
             ("init", self.init, start.init),
