@@ -4559,6 +4559,8 @@ def spread(name, comm, folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sublin, "_fires_often", lambda *_: words)
+        begun = Broken(sublin._Lazy._begin_again, 0, None)
+        patch.setattr(sublin._Lazy, "_begin_again", begun)
         for constant, value in {**blocks, **patches}.items():
             patch.setattr(sublin, constant, value)
         asks = {"callback": watch} if name in ("stopped", "random") else {}
@@ -4579,6 +4581,7 @@ def spread(name, comm, folder):
         told["a copy's"] = copy.deepcopy(again).predict(X)
     held = fitted._search.live.size
     facts = {"rejected": values_of(fitted, "rejected").sum(), "held": held, "seen": len(seen)}
+    facts["begun again"] = next(begun.calls) - 1
     return told, facts
 
 
@@ -4620,6 +4623,7 @@ def test_the_regimes_are_what_they_are_called(alone):
     assert facts["rejected"]["rejected"] > 0 and facts["rejected, words"]["rejected"] > 0
     assert facts["few live"]["held"] < 20
     assert facts["stopped"]["seen"] == 3 < facts["random"]["seen"]
+    assert facts["lean"]["begun again"] > 0
 
 
 @pytest.mark.parametrize("ranks, threads", [(1, 2), (2, 1), (3, 2), (5, 1)])
@@ -4873,6 +4877,34 @@ def test_what_ends_one_rank_ends_all_with_the_cause(ranks):
             assert ends[name][rank].startswith(expected), (name, rank, ends[name])
         told = [text for rank, text in enumerate(ends[name]) if rank != culprit]
         assert all(words in text for text in told), (name, told)
+
+
+@pytest.mark.parametrize("doubt, last", [("inf", 1), ("-inf", 2)])
+def test_a_fit_sends_one_message_at_the_start_one_a_step_and_one_or_two_at_the_end(doubt, last):
+    """Two where the last outputs come from a forward pass."""
+    code = """if True:
+        import json, sys
+        from mpi4py import MPI
+        import bench, sublin
+
+        sublin.DOUBT = float(sys.argv[1])
+
+        class Listed(bench.Counted):
+            def Allreduce(self, sent, received):
+                lengths.append(sent.size)
+                return self.comm.Allreduce(sent, received)
+
+        comm, lengths, n = Listed(MPI.COMM_WORLD), [], 12
+        X, y = bench.random_unit_data(n, 5)
+        net = sublin.SublinearTrainer(1 << 16, random_state=0, shift=2.0, comm=comm).fit(X, y)
+        tried = sum(1 + record["rejected"] for record in net.history_[1:])
+        if comm.rank == 0:
+            print(json.dumps([lengths.count(n * n + 2 * n + 7), tried, max(lengths), n]))
+    """
+    done, _ = mpi_run(2, code, doubt)
+    assert done.returncode == 0, done.stderr
+    sent, tried, longest, n = json.loads(done.stdout)
+    assert tried >= 2 and sent == 1 + tried + last and longest == n * n + 2 * n + 7
 
 
 def test_an_interrupt_of_one_process_ends_the_whole_run_with_the_cause(tmp_path):
