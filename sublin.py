@@ -2247,8 +2247,11 @@ class _Search:
 class _ForwardPass(_Search):
     """Searches whose active sets and outputs come from a forward pass after every step.
 
-    They offer _find(), the active sets and the products of the active pairs, and _move(step).
+    They hold the weights of `live`, _W, and offer _find(), the active sets and the products of the
+    active pairs, and _move_products(step).
     """
+
+    rounding = 0.0  # of the outputs, their length
 
     def find(self):
         """Finds the active sets and the outputs anew."""
@@ -2266,57 +2269,45 @@ class _ForwardPass(_Search):
         return SparseJacobian._of(self)
 
     def mark(self):
-        return {"active": self.active, "outputs": self.outputs, "flips": self.flips}
+        """What advance() is about to change."""
+        changing = self._W[self.active.neurons]
+        return {"_active": self.active, "outputs": self.outputs, "flips": self.flips, "W": changing}
 
     def advance(self, step, lap):
         """W <- W - J^T step, and all that follows from it; returns the number of flips."""
         before = self.active
-        self._move(step)
+        scales = np.repeat(self.signs[before.neurons], np.diff(before.offsets))
+        factors = (scales * step[before.points] / np.sqrt(self.width)).astype(self.dtype)
+        pairs, shape = (factors, before.points, before.offsets), (before.neurons.size, step.size)
+        self._W[before.neurons] -= scipy.sparse.csr_matrix(pairs, shape=shape) @ self._cast_X
+        self.operations += before.points.size * self.X.shape[1]
+        self._move_products(step)
         lap("seconds_update")
         self.find()
-        flips = np.empty(before.points.size + self.active.points.size, FLIP)
-        flips = flips[: _flips_between(_keys(before), _keys(self.active), flips)].copy()
-        self._note(flips)
-        self.flips += flips.size
+        # Pairs that were active, and those that are: two ascending runs, which this sort merges.
+        pairs = np.sort(np.concatenate([_keys(before), _keys(self.active)]), kind="stable")
+        flips = pairs.size - 2 * np.count_nonzero(pairs[1:] == pairs[:-1])
+        self.flips += flips
         lap("seconds_query")
-        return flips.size
+        return flips
 
     def undo(self, mark):
-        self.active, self.outputs, self.flips = mark["active"], mark["outputs"], mark["flips"]
-
-    rounding = 0.0  # of the outputs, their length
+        self.active, self.outputs, self.flips = mark["_active"], mark["outputs"], mark["flips"]
+        self._W[self.active.neurons] = mark["W"]
 
     def settle(self):
         """Makes sure that `outputs` come from a forward pass: they do."""
 
-    def _note(self, flips):
-        """Told which pairs have flipped."""
+    def active_sets(self):
+        return self.active._replace(neurons=self.live[self.active.neurons])
 
-
-# A pair that flipped: sign is +1 where it woke, -1 where it fell asleep.
-FLIP = np.dtype([("neuron", np.int32), ("point", np.int32), ("sign", np.int32)])
+    def _weights(self, rows):
+        return self._W[rows]
 
 
 def _keys(active):
-    """Active pairs as ascending numbers; neurons are below 2^31, as places in `live` are."""
+    """Active pairs as ascending numbers."""
     return np.repeat(active.neurons, np.diff(active.offsets)) << 32 | active.points
-
-
-@njit(nogil=True)
-def _flips_between(was, now, flips):
-    """Writes the pairs that are in one of two ascending arrays only; returns their number."""
-    found = p = q = 0
-    while p < was.size or q < now.size:
-        old = was[p] if p < was.size else np.iinfo(np.int64).max
-        new = now[q] if q < now.size else np.iinfo(np.int64).max
-        if old != new:
-            pair = min(old, new)
-            flips[found]["neuron"], flips[found]["point"] = pair >> 32, pair & 0xFFFFFFFF
-            flips[found]["sign"] = 1 if new < old else -1
-            found += 1
-        p += old <= new
-        q += new <= old
-    return found
 
 
 NARROWER = 'use fewer neurons or points, or dtype="float32"'
@@ -2362,86 +2353,11 @@ class _Dense(_ForwardPass):
         self.looked_at += self.width
         return _grouped(*np.divmod(pairs, n)), values
 
-    def _move(self, step):
-        active, n = self.active, len(self.X)
-        signs = np.repeat(self.signs[active.neurons], np.diff(active.offsets))
-        factors = (signs * step[active.points] / np.sqrt(self.width)).astype(self.dtype)
-        pairs = factors, active.points, active.offsets
-        coefficients = scipy.sparse.csr_matrix(pairs, shape=(active.neurons.size, n))
-        self._open["W"] = self._W[active.neurons]
-        self._W[active.neurons] = self._open["W"] - coefficients @ self._cast_X
-        self.operations += active.points.size * self.X.shape[1]
-
-    def mark(self):
-        self._open = super().mark()  # _move adds the weights that it changes
-        return self._open
-
-    def undo(self, mark):
-        super().undo(mark)
-        if "W" in mark:
-            self._W[self.active.neurons] = mark["W"]
-
-    def active_sets(self):
-        return self.active
-
-    def _weights(self, rows):
-        return self._W[rows]
+    def _move_products(self, step):
+        """None are kept."""
 
     def check(self):
         """The weights are all there is."""
-
-
-class _Flips(NamedTuple):
-    """The flips that a look for them found, all at one moment."""
-
-    # Each entry is None, or FLIPs and an array of one number, how many they are: 0 until the kernel
-    # has written all of them. A lazy look has CHUNKS entries, filled at the first chunk of each
-    # share of _in_threads; a scan or a tree has one entry.
-    pieces: list
-    sums: np.ndarray  # s then
-
-
-class _Ledger:
-    """What training has done to the weights, of which only the starting ones are stored:
-
-        w_r = w_r(0) - m^(-1/2) a_r sum_i gamma[r, i] x_i,
-
-    gamma[r, i] being the sum of g_i over the steps in which neuron r was active on point i. While
-    a pair is active its gamma grows like s_i, the sum of all g_i. So only flips are written down,
-    with s at that moment: -s_i where a pair woke, +s_i where it fell asleep.
-    """
-
-    def __init__(self):
-        self.looks = []  # in the order of time
-
-    def open(self, sums):
-        """A new look for flips, while s is `sums`: its pieces, to be filled by threads."""
-        self.looks.append(_Flips([None] * CHUNKS, sums.copy()))
-        return self.looks[-1].pieces
-
-    def gamma(self, neurons, offsets, points, sums):
-        """gamma (neurons.size, n) as a CSR matrix, for some of the live neurons, which are active
-        on points[offsets[z]:offsets[z + 1]], now that s is `sums`. The flips of a piece are in the
-        order of their neurons."""
-        shape = neurons.size, sums.size
-        active = scipy.sparse.csr_matrix((sums[points], points, offsets), shape=shape)
-        active.sort_indices()  # so that sums do not depend on the order of a row
-        entries = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
-        for pieces, then in self.looks:
-            for flips, _ in filter(None, pieces):
-                ends = np.searchsorted(flips["neuron"], [neurons, neurons + 1])
-                places, these = _ranges(*ends)
-                flips = flips[these]
-                entries.append((places, flips["point"], -flips["sign"] * then[flips["point"]]))
-        places, points, gamma = map(np.concatenate, zip(*entries, strict=True))
-        return active + scipy.sparse.csr_matrix((gamma, (places, points)), shape=shape)
-
-
-def _ranges(starts, ends):
-    """The numbers starts[z], ..., ends[z] - 1 for all z, and z for each of them: (z, numbers)."""
-    sizes = ends - starts
-    places = np.repeat(np.arange(sizes.size), sizes)
-    return places, np.arange(places.size) + np.repeat(ends - np.cumsum(sizes), sizes)
 
 
 @njit(nogil=True, fastmath=FAST)
@@ -2502,7 +2418,6 @@ class _Scan(_ForwardPass):
         self._cast_X, self._cast_XXt = self.X.astype(self.dtype), self.XXt.astype(self.dtype)
         self._rows = np.empty((self._levels[-1], n), self.dtype)
         self._rows[self.width :] = -np.inf
-        self._sums, self._ledger = np.zeros(n), _Ledger()
         found, front, back = [], 0, self.width
         blocks = self.start.blocks(partial(self._products, moved), moved.numbers, report)
         for *live, live_products, dead_products in blocks:
@@ -2510,8 +2425,8 @@ class _Scan(_ForwardPass):
             self._rows[back - len(dead_products) : back] = dead_products
             front, back = front + len(live_products), back - len(dead_products)
             found.append(live)
-        self.live, self._start_weights, signs = map(np.concatenate, zip(*found, strict=True))
-        self.n_live, self.signs = self.live.size, signs.astype(float)
+        self.live, self._W, self.signs = map(np.concatenate, zip(*found, strict=True))
+        self.n_live = self.live.size
         _mend_ancestors(self._rows, self._levels, np.arange(self.width))
         self.find()
 
@@ -2519,14 +2434,13 @@ class _Scan(_ForwardPass):
         """Of a block: numbers, weights, signs and products of live neurons; products of others."""
         low, high = np.searchsorted(moved.numbers, (first, first + len(W)))
         here = moved.numbers[low:high] - first
-        if here.size:
-            W = W.astype(float)
-            W[here] = moved.weights[low:high]
-        products = W.astype(self.dtype, copy=False) @ self._cast_X.T
+        W = W.astype(self.dtype)
+        W[here] = moved.weights[low:high]
+        products = W @ self._cast_X.T
         fires = (products >= _least_at_or_above(self.shift, self.dtype)).any(axis=1)
         fires[here] = True
         live = np.flatnonzero(fires)
-        return first + live, W[live], signs[live], products[live], products[~fires]
+        return first + live, W[live], signs[live].astype(float), products[live], products[~fires]
 
     def _find(self):
         n = len(self.X)
@@ -2535,7 +2449,7 @@ class _Scan(_ForwardPass):
         self.looked_at += min(compared, self.width)  # padding aside
         return active, values
 
-    def _move(self, step):
+    def _move_products(self, step):
         active, (n, d) = self.active, self.X.shape
         groups, starts = _parents(active.neurons)
         first_parent = self._levels[1] if len(self._levels) > 2 else 0
@@ -2548,37 +2462,13 @@ class _Scan(_ForwardPass):
         if first_parent:
             self.operations += groups.size * (FAN_OUT + 1) * n
             self.operations += _mend_ancestors(self._rows, self._levels, groups, level=1)
-        self._sums = self._sums + step
-
-    def mark(self):
-        return {**super().mark(), "sum": self._sums, "looks": len(self._ledger.looks)}
 
     def undo(self, mark):
         super().undo(mark)
-        self._sums = mark["sum"]
-        del self._ledger.looks[mark["looks"] :]
-        # Products of neurons that have moved, some of them or all, come from the weights again.
-        weights = self._weights(np.arange(self.n_live)).astype(self.dtype)
+        moved = self.active.neurons
         with _one_blas_thread():
-            for low in range(0, self.active.neurons.size, BLOCK):
-                moved = self.active.neurons[low : low + BLOCK]
-                self._rows[moved] = weights[moved] @ self._cast_X.T
-        _mend_ancestors(self._rows, self._levels, self.active.neurons)
-
-    def _note(self, flips):
-        self._ledger.looks.append(_Flips([(flips, np.array([flips.size]))], self._sums))
-
-    def _weights(self, rows):
-        """Weights of all live neurons, in the order of `live`. `rows` must be 0, ..., n_live - 1:
-        unlike the other searches this one cannot pick some of them."""
-        offsets = np.zeros(rows.size + 1, np.int64)
-        offsets[self.active.neurons + 1] = np.diff(self.active.offsets)
-        pairs = np.cumsum(offsets), self.active.points, self._sums
-        gamma = self._ledger.gamma(rows, *pairs)
-        return self._start_weights - (self.signs / np.sqrt(self.width))[:, None] * (gamma @ self.X)
-
-    def active_sets(self):
-        return self.active._replace(neurons=self.live[self.active.neurons])
+            self._rows[moved] = self._W[moved] @ self._cast_X.T
+        _mend_ancestors(self._rows, self._levels, moved)
 
     def check(self):
         """Asserts that inner nodes are maxima of their children."""
@@ -2691,6 +2581,10 @@ ROW = np.dtype(
         ("sign", np.int32),  # a_r
     ]
 )
+
+
+# A pair that flipped: sign is +1 where it woke, -1 where it fell asleep.
+FLIP = np.dtype([("neuron", np.int32), ("point", np.int32), ("sign", np.int32)])
 
 
 class LiveRows(NamedTuple):
@@ -2873,6 +2767,12 @@ def _slack_of_travel(products, first, k, size, margin, cross, longest, shift):
 
 
 @njit(inline="always")
+def _certificate(distance, slack, k):
+    """D up to which a neuron active on k points, with so much slack now, cannot flip."""
+    return (distance + slack / k * CAUTION) * CAUTION
+
+
+@njit(inline="always")
 def _certify(points, products, row, XXt, cross, longest, shift, distance):
     """Finds the slack of a row that has been looked at; returns the certificate."""
     if row.active == 0:
@@ -2884,7 +2784,7 @@ def _certify(points, products, row, XXt, cross, longest, shift, distance):
         along = _slack_of_travel(products, first, k, size, margin, cross, longest, shift)
         against = np.inf
     row.slack, row.slack_against = along * CAUTION, against * CAUTION
-    return (distance + min(along, against) / k * CAUTION) * CAUTION
+    return _certificate(distance, min(along, against), k)
 
 
 # What the looks add up: neurons looked at, operations, flips, the change of the number of neurons
@@ -2937,7 +2837,7 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
             if k == 1:
                 left = min(row.slack - along, row.slack_against + along)
             if left > 0.0:
-                certificates[q] = (distance + left / row.active) * CAUTION
+                certificates[q] = _certificate(distance, left, k)
                 continue
             if _through_gram(k, size, d, entry):
                 _move_through_gram(points, products, first, size, k, factors, XXt)
@@ -3015,18 +2915,6 @@ def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
                 _add_fixed(total, points[first + a], -scale * (moved[a] - shift), resolution)
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _certify_all(live, geometry, moments, first, low, high):
-    """Slack and certificates of the neurons first + low, ..., first + high - 1, whose products are
-    those of now."""
-    rows, certificates, points, products = live
-    _, XXt, cross, longest, shift, _, _ = geometry
-    for q in range(first + low, first + high):
-        certificates[q] = _certify(
-            points, products, rows[q], XXt, cross, longest, shift, moments.distance
-        )
-
-
 @njit(nogil=True)
 def _active_pairs(live, chosen):
     """Active pairs of some neurons, named by their places there: (offsets, points)."""
@@ -3082,6 +2970,41 @@ def _is_clear(points, exact, first, k, end, pull, cross, longest, shift):
     return above > longest * travel and below > cross * travel
 
 
+@njit(inline="always")
+def _collect(products, r, threshold, points, exact, first):
+    """Writes the points whose products with vector r reach the threshold, and these products;
+    returns where they end."""
+    end = first
+    for i in range(products.shape[1]):
+        if products[r, i] >= threshold:
+            points[end], exact[end] = i, products[r, i]
+            end += 1
+    return end
+
+
+@njit(inline="always")
+def _decide_row(points, exact, first, end, w, X, shift):
+    """Replaces products by those in float64, the active ones first; returns how many these are."""
+    k = 0
+    for e in range(first, end):
+        exact[e] = _dot(w, X[points[e]])
+        if exact[e] >= shift:
+            _swap(points, exact, e, first + k)
+            k += 1
+    return k
+
+
+@njit(inline="always")
+def _copy_for_twin(rows, certificates, points, exact, q):
+    """Row q + 1 like row q, its pairs behind those of q; returns where they end."""
+    rows[q + 1], certificates[q + 1] = rows[q], certificates[q]
+    first, size = rows[q].start, rows[q].count
+    rows[q + 1].start = first + size
+    for e in range(first, first + size):
+        points[e + size], exact[e + size] = points[e], exact[e]
+    return first + 2 * size
+
+
 @njit(nogil=True, fastmath=FAST)
 def _fill_rows(
     rows, chosen, room, products, vectors, geometry, thresholds, copies, pull, wanted, counts
@@ -3094,59 +3017,44 @@ def _fill_rows(
     Candidates come from `products`, which may be wrong by rounding, and are decided in float64.
     """
     X, XXt, cross, longest, shift, _, _ = geometry
-    certificates = np.empty(rows.size)
-    live, points, exact = np.empty(chosen.size, np.int64), np.empty(room, np.uint32), np.empty(room)
-    w = np.empty(X.shape[1])
-    found = free = left_out = 0
+    certificates, live = np.empty(rows.size), np.empty(chosen.size, np.int64)
+    points, exact, w = np.empty(room, np.uint32), np.empty(room), np.empty(X.shape[1])
+    found = first = left_out = 0  # `first` is where the next row begins
     rounding = _float32_rounding(X.shape[1])
     for z in range(chosen.size):
-        first, k, end, clear = free, 0, free, False
-        for i in range(len(X)):
-            if products[chosen[z], i] >= thresholds[z]:
-                points[end], exact[end] = i, products[chosen[z], i]
-                end += 1
+        end, clear = _collect(products, chosen[z], thresholds[z], points, exact, first), False
+        k = end - first
         if wanted == NEAR:  # float32 tells that most are clear
-            sure = shift + rounding
-            clear = _is_clear(points, exact, first, end - first, end, pull, cross, longest, sure)
+            clear = _is_clear(points, exact, first, k, end, pull, cross, longest, shift + rounding)
         if not clear:
             w[:] = vectors[chosen[z]]
-            for e in range(first, end):
-                exact[e] = _dot(w, X[points[e]])
-                if exact[e] >= shift:
-                    _swap(points, exact, e, first + k)
-                    k += 1
+            k = _decide_row(points, exact, first, end, w, X, shift)
             if k == 0:
                 continue
-            if wanted != ALL:
-                clear = _is_clear(points, exact, first, k, end, pull, cross, longest, shift)
-            end = first + k if clear else end
+            clear = wanted != ALL
+            clear &= _is_clear(points, exact, first, k, end, pull, cross, longest, shift)
         if clear and wanted == NEAR:
             left_out += copies
-            for e in range(first, end):
-                for f in range(first, end):
+            for e in range(first, first + k):
+                for f in range(first, first + k):
                     counts[points[e], points[f]] += copies
         if clear != (wanted == CLEAR):
             continue
-        row = rows[copies * found]
-        row.start, row.count, row.active = first, end - first, k
+        q, live[found], found = copies * found, z, found + 1
+        row = rows[q]
+        row.start, row.count, row.active = first, k if clear else end - first, k
         margin = max(0.0, shift - rounding - thresholds[z])
-        row.margin = ENDURANCE if end - first == len(X) else margin
-        certificate = _certify(points, exact, row, XXt, cross, longest, shift, 0.0)
-        certificates[copies * found] = certificate
-        free = end
+        row.margin = ENDURANCE if row.count == len(X) else margin
+        certificates[q] = _certify(points, exact, row, XXt, cross, longest, shift, 0.0)
+        first += row.count
         if copies == 2:
-            rows[copies * found + 1], certificates[copies * found + 1] = row, certificate
-            rows[copies * found + 1].start = end
-            for e in range(first, end):
-                points[free], exact[free] = points[e], exact[e]
-                free += 1
-        live[found], found = z, found + 1
-    count = copies * found
-    return live[:found], rows[:count], certificates[:count], points[:free], exact[:free], left_out
+            first = _copy_for_twin(rows, certificates, points, exact, q)
+    some, used = slice(copies * found), slice(first)
+    return live[:found], rows[some], certificates[some], points[used], exact[used], left_out
 
 
 class _LiveStart(NamedTuple):
-    """Live neurons of a stretch of starting vectors."""
+    """Live neurons of a stretch of starting vectors: seven arrays, and what was left out."""
 
     vectors: np.ndarray  # (k, d), of one or two neurons each
     live: np.ndarray  # (neurons,) their own numbers
@@ -3157,6 +3065,16 @@ class _LiveStart(NamedTuple):
     products: np.ndarray = np.zeros(0)
     left_out: int = 0  # clear neurons that have no row
     counts: np.ndarray | int = 0  # (n, n), of these
+
+
+ARRAYS = 7
+
+
+def _join_and_clear(arrays):
+    """The arrays of a list, which is emptied, in one."""
+    joined = np.concatenate(arrays)
+    arrays.clear()
+    return joined
 
 
 def _unmoved(moved, first, vectors, signs):
@@ -3192,35 +3110,36 @@ class _Sieve(NamedTuple):
         known = len(self.start.law.stages) == 1
         return self._sift(2 * pairs, vectors, signs, products if known else None)
 
+    def _limits(self):
+        """The least product in float32 that may be active, and what margins are taken from."""
+        # A neuron may be active from b - rounding on, and what is above b - 2 rounding - margin in
+        # float32 covers b - rounding - margin in float64.
+        rounding, largest = _float32_rounding(self.start.d), np.finfo(np.float32).max
+        lowered = self.geometry.shift - np.array([1, 2]) * rounding
+        return np.clip(lowered, -largest, largest).astype(np.float32)
+
     def _sift(self, numbers, vectors, signs, all_products=None):
         """Those of some vectors that fire; `numbers` are those of the first neurons of each vector,
         `signs` (k, copies) those of all."""
-        X, shift = self.geometry.X, self.geometry.shift
-        (n, d), copies, lean = X.shape, self.start.copies, self.wanted != ALL
-        # A neuron may be active from b - rounding on, and what is above b - 2 rounding - margin in
-        # float32 covers b - rounding - margin in float64.
-        rounding = _float32_rounding(d)
-        largest = np.finfo(np.float32).max
-        lowered = np.clip(shift - np.array([1, 2]) * rounding, -largest, largest)
-        least_active, lowered_shift = lowered.astype(np.float32)
-        cross, X32 = np.float32(self.geometry.cross), X.astype(np.float32)
-        pull = self.pull.astype(float)
-        stretch = max(64, (1 << 19) // n)  # vectors whose products take 2 MB
-        found = []
+        X, copies, lean = self.geometry.X, self.start.copies, self.wanted != ALL
+        least_active, lowered_shift = self._limits()
+        limits = least_active, self.pull, np.float32(self.geometry.cross), lowered_shift, lean
+        pull, X32, n = self.pull.astype(float), X.astype(np.float32), len(X)
+        stretch, found = max(64, (1 << 19) // n), []  # vectors whose products take 2 MB
         for low in range(0, len(vectors), stretch):
             some = vectors[low : low + stretch]
             products = some @ X32.T if all_products is None else all_products[low : low + stretch]
-            limits = least_active, self.pull, cross, lowered_shift, lean
             thresholds, kept = _thresholds(products, *limits)
             chosen, room = np.flatnonzero(kept), copies * int(kept.sum())
+            rows = np.zeros(copies * chosen.size, ROW).view(RECORDS)
             counts = np.zeros((n, n) if lean else (1, 1), int)
             where = products, some, self.geometry, thresholds[chosen].astype(float)
             rules = copies, pull, self.wanted, counts
-            rows = np.zeros(copies * chosen.size, ROW).view(RECORDS)
             live, *arrays, left_out = _fill_rows(rows, chosen, room, *where, *rules)
             chosen = chosen[live]
             own = (numbers[low + chosen][:, None] + np.arange(copies)).ravel()
             names = some[chosen], own, signs[low + chosen].ravel()
+            arrays = (array.copy() for array in arrays)  # without the room that is not used
             found.append(_LiveStart(*names, *arrays, left_out, counts if lean else 0))
         return found
 
@@ -3278,47 +3197,49 @@ class _Clear(NamedTuple):
         return _grouped(neurons[order], points[order])
 
 
-class _Stack:
-    """Arrays that grow as blocks are done, and are written in place: room is made for as much as
-    the share that is done lets expect, since memory that is never written costs nothing."""
+def _ranges(starts, ends):
+    """The numbers starts[z], ..., ends[z] - 1 for all z, and z for each of them: (z, numbers)."""
+    sizes = ends - starts
+    places = np.repeat(np.arange(sizes.size), sizes)
+    return places, np.arange(places.size) + np.repeat(ends - np.cumsum(sizes), sizes)
 
-    def __init__(self, **empty):
-        self.arrays, self.sizes = empty, dict.fromkeys(empty, 0)
 
-    def add(self, starts, done):
-        """Adds some _LiveStarts, after which a share `done` of all has been drawn."""
-        if not starts:
-            return
-        fields = dict(zip(_LiveStart._fields, zip(*starts, strict=True), strict=True))
-        tasks = []
-        for name in self.arrays:
-            parts = fields[name]
-            ends = self.sizes[name] + np.cumsum([len(part) for part in parts])
-            if name == "points":
-                firsts = ends - [len(part) for part in parts]
-            tasks += [(name, end, part) for end, part in zip(ends, parts, strict=True)]
-            self.sizes[name] = int(ends[-1])
-        self._reserve(done)
-        for rows, first in zip(fields["rows"], firsts, strict=True):
-            rows["start"] += first
+class _Ledger:
+    """What training has done to the weights, of which only the starting ones are stored:
 
-        def copy_part(task):
-            name, end, part = task
-            self.arrays[name][end - len(part) : end] = part
+        w_r = w_r(0) - m^(-1/2) a_r sum_i gamma[r, i] x_i,
 
-        _map_in_threads(copy_part, tasks, sum(part.size for _, _, part in tasks))
+    gamma[r, i] being the sum of g_i over the steps in which neuron r was active on point i. While
+    a pair is active its gamma grows like s_i, the sum of all g_i. So only flips are written down,
+    with s at that moment: -s_i where a pair woke, +s_i where it fell asleep.
+    """
 
-    def _reserve(self, done):
-        """Makes room where there is too little for what has been found."""
-        short = [name for name in self.arrays if len(self.arrays[name]) < self.sizes[name]]
-        rooms = {name: int(1.05 * self.sizes[name] / done) + 1000 for name in short}
-        larger = {name: (rooms[name], *self.arrays[name].shape[1:]) for name in short}
-        sizes = [math.prod(larger[name]) * self.arrays[name].itemsize for name in short]
-        _check_memory(f"the rows of {rooms.get('rows', 0)} neurons", sum(sizes))
-        for name, shape in larger.items():
-            array = self.arrays[name]
-            self.arrays[name] = np.empty(shape, array.dtype)
-            self.arrays[name][: len(array)] = array
+    def __init__(self):
+        # For every look for flips, in the order of time, CHUNKS pieces and s then. A piece is None,
+        # or FLIPs in the order of their neurons, and an array of one number, how many they are: 0
+        # until the kernel has written all of them.
+        self.looks = []
+
+    def open(self, sums):
+        """A new look, while s is `sums`: its pieces, to be filled by threads."""
+        self.looks.append(([None] * CHUNKS, sums.copy()))
+        return self.looks[-1][0]
+
+    def gamma(self, neurons, offsets, points, sums):
+        """gamma (neurons.size, n) as a CSR matrix, for some of the live neurons, which are active
+        on points[offsets[z]:offsets[z + 1]], now that s is `sums`."""
+        shape = neurons.size, sums.size
+        active = scipy.sparse.csr_matrix((sums[points], points, offsets), shape=shape)
+        active.sort_indices()  # so that sums do not depend on the order of a row
+        entries = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
+        for pieces, then in self.looks:
+            for flips, _ in filter(None, pieces):
+                ends = np.searchsorted(flips["neuron"], [neurons, neurons + 1])
+                places, these = _ranges(*ends)
+                flips = flips[these]
+                entries.append((places, flips["point"], -flips["sign"] * then[flips["point"]]))
+        places, points, gamma = map(np.concatenate, zip(*entries, strict=True))
+        return active + scipy.sparse.csr_matrix((gamma, (places, points)), shape=shape)
 
 
 class _CountedJacobian(SparseJacobian):
@@ -3367,7 +3288,7 @@ class _ByCounts(_Search):
 
     rounding = 0.0
     _left_out, _clear_counts = 0, 0  # clear neurons of this rank without rows, and their counts
-    _looked_until = 0.0  # D when flips were last looked for; undo() raises D without looking
+    _looked_until = -np.inf  # D when flips were last looked for; undo() raises D without looking
 
     def _set_out(self, moved):
         """Sets D, s and the moments to their beginning."""
@@ -3584,36 +3505,30 @@ class _Lazy(_ByCounts):
 
     def _lay_out(self, groups, moved):
         """All rows in one stretch of memory; those of moved neurons come last."""
-        self._copies = self.start.copies
-        dtype = moved.weights.dtype if moved.numbers.size else np.float32
-        empty = {"live": NOBODY, "rows": np.zeros(0, ROW), "points": np.zeros(0, np.uint32)}
-        empty |= dict.fromkeys(("signs", "certificates", "products"), np.zeros(0))
-        if not self._is_lean:  # whose vectors are drawn again if asked for
-            empty["vectors"] = np.empty((0, self.X.shape[1]), dtype)
-        stack = _Stack(**empty)
-        self._left_out, self._clear_counts = 0, 0
+        self._left_out = self._clear_counts = self._used = held = 0
+        parts, size = [], moved.numbers.size
         for done, blocks in groups:
-            stretches = [stretch for block in blocks for stretch in block]
-            stack.add(stretches, done)
-            self._left_out += sum(stretch.left_out for stretch in stretches)
-            self._clear_counts = self._clear_counts + sum(stretch.counts for stretch in stretches)
-        self._seam, size = stack.sizes["rows"], moved.numbers.size
-        nothing = np.zeros(size, ROW), np.full(size, np.inf)
-        stack.add([_LiveStart(moved.weights, moved.numbers, moved.signs, *nothing)], 1.0)
-        arrays = {name: array[: stack.sizes[name]] for name, array in stack.arrays.items()}
-        self._vectors = arrays.get("vectors")
-        self.live, self.signs = arrays["live"], arrays["signs"]
-        self._used = stack.sizes["points"]
-        rows = arrays["rows"].view(RECORDS)
+            for part in (part for block in blocks for part in block):
+                part.rows["start"] += self._used
+                self._used += part.points.size
+                self._left_out += part.left_out
+                self._clear_counts = self._clear_counts + part.counts
+                parts.append(part[:ARRAYS])
+                held += sum(array.nbytes for array in part[:ARRAYS])
+            # While they are joined all are there twice.
+            _check_memory("rows of live neurons", (2.0 / done - 1.0) * held)
+        nothing = np.zeros(size, ROW), np.zeros(size)  # to be looked at in the first step
+        last = _LiveStart(moved.weights, moved.numbers, moved.signs, *nothing)
+        columns = [list(column) for column in zip(*parts, last[:ARRAYS], strict=True)]
+        parts.clear()
+        self._vectors, self.live, self.signs, rows, *others = map(_join_and_clear, columns)
+        self._seam = self.live.size - size
         rows["sign"] = self.signs
-        pairs = stack.arrays["points"], stack.arrays["products"]
-        self._live = LiveRows(rows, arrays["certificates"], *pairs)
+        self._live = LiveRows(rows.view(RECORDS), *others)
         moved_ones = np.arange(self._seam, self.live.size)
         for neurons, products in self._all_products(moved_ones):
             margins = np.full(neurons.size, self._margin)
             self._place(neurons, products, products >= self.shift, margins)
-        where = self._live, self._geometry, self._moments, self._seam
-        _over_items(_certify_all, size, 4 * len(self.X) * size, *where)
 
     def _place(self, neurons, products, active, margins):
         """Writes rows of some neurons behind all others: active pairs first, then those whose
@@ -3657,7 +3572,8 @@ class _Lazy(_ByCounts):
         mark, looks = self._mark, self._ledger.looks  # `mark`, or what _begin_again made of it
         self._path = self._path[: mark["steps"]]
         while len(looks) > mark["looks"]:
-            for piece in filter(None, looks[-1].pieces):
+            pieces, _ = looks[-1]
+            for piece in filter(None, pieces):
                 _unflip(self._live, *piece)
             looks.pop()
         if not np.array_equal(self._sums, mark["sums"]):
@@ -3775,12 +3691,9 @@ class _Lazy(_ByCounts):
         return self._sieve.wanted == NEAR
 
     def _weights(self, neurons):
-        if self._vectors is None:
-            blocks = _LiveBlocks(self._sieve.start, NOBODY)
-            start = blocks.vectors(self.live[neurons] // 2).astype(float)
-        else:  # vectors of neurons that were drawn are shared; others have one each
-            drawn = np.minimum(neurons, self._seam)
-            start = self._vectors[drawn // self._copies + (neurons - drawn)].astype(float)
+        # Vectors of neurons that were drawn are shared by twins; others have one each.
+        drawn = np.minimum(neurons, self._seam)
+        start = self._vectors[drawn // self.start.copies + (neurons - drawn)].astype(float)
         pairs = _active_pairs(self._live, neurons)
         gamma = self._ledger.gamma(neurons, *pairs, self._sums)
         return start - (self.signs[neurons] / np.sqrt(self.width))[:, None] * (gamma @ self.X)
@@ -3911,12 +3824,10 @@ def _move_weights(packed, signs, geometry, moments, neurons):
             left = slack[q] - np.sqrt(_dot(move, move))
             slack[q], looked[q] = left, now
             operations += k * X.shape[1]
-        if left > 0.0 and k > 0:
-            certificates[q] = (distance + left / k * CAUTION) * CAUTION
-        elif k > 0:
-            used_up[found], found = q, found + 1
+        if left > 0.0:
+            certificates[q] = _certificate(distance, left, k)
         else:
-            certificates[q] = np.inf
+            used_up[found], found = q, found + 1
     return used_up[:found], operations
 
 
@@ -3942,9 +3853,9 @@ def _pack(products, shift, words, least):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _decide(products, weights, geometry, words, least, slack):
-    """Decides the pairs again that _pack has decided within rounding, from products in float64,
-    and finds the slack of every row."""
+def _decide(products, weights, geometry, distance, least, words, active, slack, certificates):
+    """Decides the pairs again that _pack has decided within rounding, from products in float64;
+    fills the other arrays as Packed has them."""
     X, longest, shift = geometry.X, geometry.longest, geometry.shift
     n, d = X.shape
     for q in range(len(products)):
@@ -3966,7 +3877,11 @@ def _decide(products, weights, geometry, words, least, slack):
                 bit = np.uint64(1) << np.uint64(i % 64)
                 words[q, i // 64] &= ~bit
                 words[q, i // 64] |= bit if excess >= 0.0 else np.uint64(0)
-        slack[q] = nearest / longest * CAUTION
+        count = np.uint64(0)
+        for z in range(words.shape[1]):
+            count += _population(words[q, z])
+        active[q], slack[q] = np.int64(count), nearest / longest * CAUTION
+        certificates[q] = _certificate(distance, slack[q], active[q]) if active[q] else np.inf
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
@@ -4017,15 +3932,6 @@ def _transpose_tile(tile):
             e = (e + size + 1) & ~size
         size //= 2
         mask ^= mask << np.uint64(size)
-
-
-@njit(nogil=True)
-def _count_bits(words, active):
-    for q in range(len(words)):
-        count = np.uint64(0)
-        for z in range(words.shape[1]):
-            count += _population(words[q, z])
-        active[q] = np.int64(count)
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
@@ -4093,26 +3999,27 @@ class _InWords(_ByCounts):
         `all_of_them`."""
         weights = weights.astype(float)
         size, copies = len(weights), signs.size // max(len(weights), 1)
-        words = np.empty((size, -(-len(self.X) // 64)), np.uint64)
-        active, slack = np.empty(size, np.int64), np.empty(size)
         together = _together(len(self.X))
-        for low in range(0, size, together):
-            part = slice(low, low + together)
-            self._find(weights[part], words[part], active[part], slack[part])
+        parts = [self._find(weights[low : low + together]) for low in range(0, size + 1, together)]
+        words, active, *others = map(np.concatenate, zip(*parts, strict=True))
         live = np.ones(size, bool) if all_of_them else active > 0
-        certificates = np.where(active > 0, slack / np.maximum(active, 1) * CAUTION, np.inf)
-        arrays = weights, words, active, slack, certificates
         numbers = (numbers[live][:, None] + np.arange(copies)).ravel()
+        arrays = weights, words, active, *others
         twice = (np.repeat(array[live], copies, axis=0) for array in arrays)
         return numbers, signs[live].ravel().astype(float), *twice
 
-    def _find(self, weights, words, active, slack):
-        """Fills words, active and slack for neurons with weights (k, d)."""
+    def _find(self, weights):
+        """Words, active, slack and certificates, as Packed has them, of neurons with weights
+        (k, d)."""
         with np.errstate(all="ignore"):  # in this thread; what overflows is decided in float64
-            products, least = weights.astype(np.float32) @ self._X32.T, np.empty(len(weights))
+            products = weights.astype(np.float32) @ self._X32.T
+        size, n = products.shape
+        words, active = np.empty((size, -(-n // 64)), np.uint64), np.empty(size, np.int64)
+        least, slack, certificates = np.empty((3, size))
         _pack(products, self.shift, words, least)
-        _decide(products, weights, self._geometry, words, least, slack)
-        _count_bits(words, active)
+        found = words, active, slack, certificates
+        _decide(products, weights, self._geometry, self._moments.distance, least, *found)
+        return found
 
     def _by_point(self, words):
         out = np.zeros((len(self.X), -(-len(words) // 64)), np.uint64)
@@ -4134,8 +4041,9 @@ class _InWords(_ByCounts):
         self._log.append((neurons, Packed(*(array[neurons] for array in self._packed))))
 
     def _void(self):
-        self._remember(np.arange(self.live.size))
-        self._packed.slack[:] = self._packed.certificates[:] = -np.inf
+        moving = np.flatnonzero(self._packed.active)
+        self._remember(moving)
+        self._packed.slack[moving] = self._packed.certificates[moving] = -np.inf
 
     def _find_flips(self):
         """Looks at the neurons whose certificates ran out and whose slack is used up."""
@@ -4161,11 +4069,9 @@ class _InWords(_ByCounts):
         where = self._geometry, self._moments
         neurons, operations = _move_weights(packed, signs, *where, neurons)
         weights, was = packed.weights[neurons], packed.words[neurons]
-        now, active, slack = np.empty_like(was), np.empty(neurons.size, int), np.empty(neurons.size)
-        self._find(weights, now, active, slack)
-        packed.words[neurons], packed.active[neurons], packed.slack[neurons] = now, active, slack
-        left = (self._moments.distance + slack / np.maximum(active, 1) * CAUTION) * CAUTION
-        packed.certificates[neurons] = np.where(active > 0, left, np.inf)
+        now, active, slack, certificates = self._find(weights)
+        packed.words[neurons], packed.active[neurons] = now, active
+        packed.slack[neurons], packed.certificates[neurons] = slack, certificates
         scales = signs[neurons] * self._geometry.unit
         where = weights, scales, self._geometry, self._resolution_now
         flips, outputs = _flips_in_words(was, now, *where)

@@ -2077,13 +2077,13 @@ def assert_whole(fitted, X, y, of_record=True):
 # whatever thread runs them.
 BREAKS = [
     *product(SEARCHES, ("mark", "advance", "settle", "undo", "jacobian", "take_counts")),
-    *product(("dense", "scan", "tree"), ("find", "_add_outputs", "_flips_between")),
+    *product(("dense", "scan", "tree"), ("find", "_add_outputs", "_keys")),
     *product(("scan", "tree"), ("_move_leaves", "_count_reaching", "_report")),
-    *product(["dense"], ("_find", "_move", "_grouped", "_map_in_threads")),
+    *product(["dense"], ("_find", "_grouped", "_map_in_threads")),
     *product(["tree"], ["_mend"]),
     *product(["lazy"], ("_look", "_go_to", "_add_active_outputs", "_place_anew", "_unflip")),
     *product(["words"], ("_look_around", "_look", "_go_to", "_remember", "_find", "_counts_after")),
-    *product(["words"], ("_move_weights", "_pack", "_decide", "_count_bits", "_flips_in_words")),
+    *product(["words"], ("_move_weights", "_pack", "_decide", "_flips_in_words")),
     *product(["words"], ("_count_common", "_mirror", "_transpose", "_add_outputs_in_words")),
 ]
 
@@ -2608,9 +2608,6 @@ def test_words_turned_by_point_count_what_points_share(n, m):
         sublin._add_coactivity(by_point, counts, times)
         expected += times * (active.T.astype(np.int32) @ active)
     np.testing.assert_array_equal(counts, expected)
-    k = np.empty(m, np.int64)
-    sublin._count_bits(words, k)
-    np.testing.assert_array_equal(k, active.sum(axis=1))
 
 
 @core
@@ -2630,10 +2627,15 @@ def test_pairs_within_rounding_of_the_threshold_are_decided_in_float64(n, scale)
     with np.errstate(over="ignore", invalid="ignore"):
         products = W.astype(np.float32) @ X.astype(np.float32).T
     words, least = np.empty((40, -(-n // 64)), np.uint64), np.empty(40)
-    slack = np.empty(40)
+    (slack, certificates), k = np.empty((2, 40)), np.empty(40, np.int64)
     sublin._pack(products, min(shift, 3e38), words, least)
-    sublin._decide(products, W, geometry, words, least, slack)
-    np.testing.assert_array_equal(words, packed(W @ X.T >= shift))
+    sublin._decide(products, W, geometry, 7.0, least, words, k, slack, certificates)
+    active = W @ X.T >= shift
+    np.testing.assert_array_equal(words, packed(active))
+    np.testing.assert_array_equal(k, active.sum(axis=1))
+    expected = np.where(k > 0, 7.0 + slack / np.maximum(k, 1), np.inf)
+    np.testing.assert_allclose(certificates, expected, rtol=1e-12)
+    assert np.all(certificates <= expected)
     true = np.abs(W @ X.T - shift).min(axis=1)
     assert np.all(slack <= true * (1 + 1e-12) + 1e-15 * scale)
     assert np.all(slack >= 0.4 * true - 1e-4 * scale)
