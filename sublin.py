@@ -2356,9 +2356,6 @@ class _Dense(_ForwardPass):
     def _move_products(self, step):
         """None are kept."""
 
-    def check(self):
-        """The weights are all there is."""
-
 
 @njit(nogil=True, fastmath=FAST)
 def _move_leaves(rows, active, scale, step, XXt, X, groups, starts, first_parent, low, high):
@@ -2469,10 +2466,6 @@ class _Scan(_ForwardPass):
         with _one_blas_thread():
             self._rows[moved] = self._W[moved] @ self._cast_X.T
         _mend_ancestors(self._rows, self._levels, moved)
-
-    def check(self):
-        """Asserts that inner nodes are maxima of their children."""
-        _check_maxima(self._rows, self._levels)
 
 
 class _Tree(_Scan):
@@ -3698,58 +3691,6 @@ class _Lazy(_ByCounts):
         gamma = self._ledger.gamma(neurons, *pairs, self._sums)
         return start - (self.signs[neurons] / np.sqrt(self.width))[:, None] * (gamma @ self.X)
 
-    def check(self):
-        """Asserts every invariant of the rows against the weights and all products."""
-        rows, certificates, all_points, all_products = self._live
-        n, geometry, k = len(self.X), self._geometry, rows["active"]
-        neuron = np.repeat(np.arange(self.live.size), rows["count"])
-        offset = np.arange(neuron.size) - np.repeat(np.cumsum(rows["count"]), rows["count"])
-        offset += rows["count"][neuron]
-        place = offset + rows["start"][neuron]
-        points = all_points[place]
-        in_row, active = np.zeros((2, self.live.size, n), bool)
-        in_row[neuron, points], active[neuron, points] = True, offset < k[neuron]
-        assert in_row.sum() == neuron.size, "a point is in a row twice"
-
-        weights = self._weights(np.arange(self.live.size))
-        products = weights @ self.X.T
-        excess, lengths = products - self.shift, np.linalg.norm(weights, axis=1, keepdims=True)
-        tolerance = np.broadcast_to(1e-9 * (1.0 + lengths), products.shape)
-        doubtful = np.abs(excess) <= tolerance
-        assert np.all((active == (excess >= 0)) | doubtful), "an active pair is missed or made up"
-        looked = np.where(k > 0, rows["looked"] - self._moments.first, 0)
-        moved = self._sums - self._moments.sums[looked]
-        factors = -geometry.unit * rows["sign"][:, None] * moved * active
-        stored = all_products[place] + (factors @ self.XXt)[neuron, points]
-        error = np.abs(stored - products[neuron, points])
-        assert np.all(error <= tolerance[neuron, points]), "a product of a row is wrong"
-        travel, along = np.abs(factors).sum(axis=1), factors.sum(axis=1)
-        margin = rows["margin"] - geometry.cross * travel
-        outside = np.where(in_row, -np.inf, excess + margin[:, None])
-        assert np.all(outside <= tolerance), "a product within the margin is not in the row"
-
-        alone = self.start.ranks.size == 1
-        assert not alone or self.n_live == self.live.size + self._left_out, "neurons are lost"
-        counts = active.T.astype(int) @ active + self._clear_counts
-        assert np.array_equal(self._own_counts, counts), "counts are wrong"
-        moving = k > 0
-        right = self.changing == moving.sum() + self._left_out
-        assert right or not alone, "the number of neurons that move is wrong"
-        # How much further a neuron can travel before it is looked at.
-        left = k * (np.where(moving, certificates, 0.0) - self._moments.distance)
-        ahead = np.maximum(rows["slack"] - np.where(k == 1, along, travel), left)
-        back = np.maximum(rows["slack_against"] + along, left)
-        ahead, back = (np.clip(way, 0.0, 1e30)[:, None] for way in (ahead, back))
-        rate = active.astype(float) @ self.XXt  # <x_i, x_j> if i is the only active point
-        towards = np.where(excess >= 0, -rate, rate)
-        of_single = np.maximum(ahead * towards, -back * towards)
-        of_travel = ahead * np.where(active, geometry.longest, geometry.cross)
-        change = np.where((k == 1)[:, None], of_single, of_travel)
-        safe = (change <= np.abs(excess) + tolerance) | ~moving[:, None]
-        assert np.all(safe), "a pair can flip before its certificate ends"
-        late = certificates[moving] < self._looked_until * (1.0 - 1e-13)
-        assert not late.any(), "a certificate is late"
-
 
 # --------------------------------------------------------------------------------------------------
 # Lazy search in words: where neurons fire on many points
@@ -4109,27 +4050,6 @@ class _InWords(_ByCounts):
         where = self._geometry, self._moments, np.arange(neurons.size)
         _move_weights(packed, self.signs[neurons], *where)
         return packed.weights
-
-    def check(self):
-        """Asserts every invariant of the words against the weights and all products."""
-        packed, everybody = self._packed, np.arange(self.live.size)
-        weights = self._weights(everybody)
-        products = weights @ self.X.T
-        excess, lengths = products - self.shift, np.linalg.norm(weights, axis=1, keepdims=True)
-        tolerance = np.broadcast_to(1e-9 * (1.0 + lengths), products.shape)
-        sets, active = self.active_sets_of(everybody), np.zeros(products.shape, bool)
-        active[np.repeat(sets.neurons, np.diff(sets.offsets)), sets.points] = True
-        doubtful = np.abs(excess) <= tolerance
-        assert np.all((active == (excess >= 0)) | doubtful), "an active pair is missed or made up"
-        k = active.sum(axis=1)
-        assert np.array_equal(packed.active, k), "the number of active points is wrong"
-        assert np.array_equal(self._own_counts, active.T.astype(int) @ active), "counts are wrong"
-        right = self.changing == np.count_nonzero(k)
-        assert right or self.start.ranks.size > 1, "the number of neurons that move is wrong"
-        moved = np.linalg.norm(weights - packed.weights, axis=1)
-        left = np.maximum(packed.slack - moved, k * (packed.certificates - self._moments.distance))
-        safe = left[:, None] <= np.abs(excess) + tolerance
-        assert np.all(safe | (k == 0)[:, None]), "a pair can flip before its certificate ends"
 
 
 SEARCHES = {"dense": _Dense, "scan": _Scan, "tree": _Tree, "lazy": _Lazy}
@@ -5217,16 +5137,13 @@ class SublinearTrainer:
 
     @_quiet
     def check(self):
-        """Asserts that active sets and residual are those of the weights, and every invariant of
-        the search. Collective.
+        """Asserts that active sets and residual are those of the weights. Collective.
 
         Makes the weights: m d numbers, O(n m d). A product within rounding of the threshold may
         count as either.
         """
         with self._at_whole_step():
             W, signs = self._trained_network().of_all_ranks().all_weights(), self.signs_
-            if self._search is not None:
-                self._search.check()
         X, shift = self._X, self.shift_
         active = self._active_sets()
         tolerance = 1e-4 if self._rounding() > 1e-12 else 1e-9

@@ -175,6 +175,105 @@ class Net(NamedTuple):
         return networks
 
 
+# ---- Invariants of a search, against its weights and all products
+
+
+def check_maxima(search):
+    sublin._check_maxima(search._rows, search._levels)
+
+
+def check_rows(search):
+    """Asserts every invariant of the rows against the weights and all products."""
+    rows, certificates, all_points, all_products = search._live
+    n, geometry, k = len(search.X), search._geometry, rows["active"]
+    neuron = np.repeat(np.arange(search.live.size), rows["count"])
+    offset = np.arange(neuron.size) - np.repeat(np.cumsum(rows["count"]), rows["count"])
+    offset += rows["count"][neuron]
+    place = offset + rows["start"][neuron]
+    points = all_points[place]
+    in_row, active = np.zeros((2, search.live.size, n), bool)
+    in_row[neuron, points], active[neuron, points] = True, offset < k[neuron]
+    assert in_row.sum() == neuron.size, "a point is in a row twice"
+
+    weights = search._weights(np.arange(search.live.size))
+    products = weights @ search.X.T
+    excess, lengths = products - search.shift, np.linalg.norm(weights, axis=1, keepdims=True)
+    tolerance = np.broadcast_to(1e-9 * (1.0 + lengths), products.shape)
+    doubtful = np.abs(excess) <= tolerance
+    assert np.all((active == (excess >= 0)) | doubtful), "an active pair is missed or made up"
+    looked = np.where(k > 0, rows["looked"] - search._moments.first, 0)
+    moved = search._sums - search._moments.sums[looked]
+    factors = -geometry.unit * rows["sign"][:, None] * moved * active
+    stored = all_products[place] + (factors @ search.XXt)[neuron, points]
+    error = np.abs(stored - products[neuron, points])
+    assert np.all(error <= tolerance[neuron, points]), "a product of a row is wrong"
+    travel, along = np.abs(factors).sum(axis=1), factors.sum(axis=1)
+    margin = rows["margin"] - geometry.cross * travel
+    outside = np.where(in_row, -np.inf, excess + margin[:, None])
+    assert np.all(outside <= tolerance), "a product within the margin is not in the row"
+
+    alone = search.start.ranks.size == 1
+    assert not alone or search.n_live == search.live.size + search._left_out, "neurons are lost"
+    counts = active.T.astype(int) @ active + search._clear_counts
+    assert np.array_equal(search._own_counts, counts), "counts are wrong"
+    moving = k > 0
+    right = search.changing == moving.sum() + search._left_out
+    assert right or not alone, "the number of neurons that move is wrong"
+    # How much further a neuron can travel before it is looked at.
+    left = k * (np.where(moving, certificates, 0.0) - search._moments.distance)
+    ahead = np.maximum(rows["slack"] - np.where(k == 1, along, travel), left)
+    back = np.maximum(rows["slack_against"] + along, left)
+    ahead, back = (np.clip(way, 0.0, 1e30)[:, None] for way in (ahead, back))
+    rate = active.astype(float) @ search.XXt  # <x_i, x_j> if i is the only active point
+    towards = np.where(excess >= 0, -rate, rate)
+    of_single = np.maximum(ahead * towards, -back * towards)
+    of_travel = ahead * np.where(active, geometry.longest, geometry.cross)
+    change = np.where((k == 1)[:, None], of_single, of_travel)
+    safe = (change <= np.abs(excess) + tolerance) | ~moving[:, None]
+    assert np.all(safe), "a pair can flip before its certificate ends"
+    late = certificates[moving] < search._looked_until * (1.0 - 1e-13)
+    assert not late.any(), "a certificate is late"
+
+
+def check_words(search):
+    """Asserts every invariant of the words against the weights and all products."""
+    packed, everybody = search._packed, np.arange(search.live.size)
+    weights = search._weights(everybody)
+    products = weights @ search.X.T
+    excess, lengths = products - search.shift, np.linalg.norm(weights, axis=1, keepdims=True)
+    tolerance = np.broadcast_to(1e-9 * (1.0 + lengths), products.shape)
+    sets, active = search.active_sets_of(everybody), np.zeros(products.shape, bool)
+    active[np.repeat(sets.neurons, np.diff(sets.offsets)), sets.points] = True
+    doubtful = np.abs(excess) <= tolerance
+    assert np.all((active == (excess >= 0)) | doubtful), "an active pair is missed or made up"
+    k = active.sum(axis=1)
+    assert np.array_equal(packed.active, k), "the number of active points is wrong"
+    assert np.array_equal(search._own_counts, active.T.astype(int) @ active), "counts are wrong"
+    right = search.changing == np.count_nonzero(k)
+    assert right or search.start.ranks.size > 1, "the number of neurons that move is wrong"
+    moved = np.linalg.norm(weights - packed.weights, axis=1)
+    left = np.maximum(packed.slack - moved, k * (packed.certificates - search._moments.distance))
+    safe = left[:, None] <= np.abs(excess) + tolerance
+    assert np.all(safe | (k == 0)[:, None]), "a pair can flip before its certificate ends"
+
+
+INVARIANTS = {
+    sublin._Dense: lambda search: None,  # the weights are all there is
+    sublin._Scan: check_maxima,
+    sublin._Tree: check_maxima,
+    sublin._Lazy: check_rows,
+    sublin._InWords: check_words,
+}
+
+
+def check(fitted):
+    """Asserts that the network is that of its weights, and that its search can go on."""
+    fitted.check()
+    if fitted._search is not None:
+        with np.errstate(invalid="ignore"):  # no pair times an infinite certificate
+            INVARIANTS[type(fitted._search)](fitted._search)
+
+
 def csr_of(active):
     """(indptr, indices) of a mask (n, m)."""
     return np.append(0, active.sum(axis=1).cumsum()), np.nonzero(active)[1]
@@ -961,7 +1060,7 @@ def test_every_search_starts_from_the_same_weights_drawn_live(search):
     np.testing.assert_array_equal(begun[0].weights(), begun[1].weights())
     np.testing.assert_array_equal(begun[1].signs_, np.tile([1, -1], 1500))
     np.testing.assert_array_equal(begun[0].weights()[::2], begun[0].weights()[1::2])
-    other.check()
+    check(other)
 
 
 def test_completed_weights_are_normal_and_dead_where_they_should_be():
@@ -1033,18 +1132,18 @@ def test_warm_starts_with_other_points_agree_with_weights_before_and_after(after
     assert fitted._search.start.law.seen == seen
     live = fitted._search.live.copy()
     held = fitted._search._weights(np.arange(live.size))
-    fitted.set_params(search=after, max_iter=0).fit(other, targets).check()
+    check(fitted.set_params(search=after, max_iter=0).fit(other, targets))
     W = fitted.weights()
     np.testing.assert_allclose(W[live], held, rtol=1e-12)
     if seen:
         np.testing.assert_array_equal(W, before)
     new = np.setdiff1d(np.flatnonzero((W @ other.T >= 1.4).any(axis=1)), live)
     assert new.size > 0 and not (W[new] @ X.T >= 1.4).any()
-    fitted.set_params(max_iter=4).fit(other, targets).check()
+    check(fitted.set_params(max_iter=4).fit(other, targets))
     np.testing.assert_array_equal(
         fitted.weights()[(W @ other.T < 1.4).all(axis=1)], W[(W @ other.T < 1.4).all(axis=1)]
     )
-    fitted.set_params(search="lazy").fit(np.vstack([X, other]), np.append(y, targets)).check()
+    check(fitted.set_params(search="lazy").fit(np.vstack([X, other]), np.append(y, targets)))
 
 
 # ---- Lean: neurons that cannot flip are forgotten
@@ -1070,7 +1169,7 @@ def assert_same_network(lean, full, X):
     np.testing.assert_allclose(lean.predict(new), full.predict(new), rtol=1e-9, atol=1e-12)
     assert_all_equal(lean.active_sets(), full.active_sets())
     np.testing.assert_allclose(lean.weights(), full.weights(), rtol=1e-9, atol=1e-12)
-    lean.check()
+    check(lean)
 
 
 def test_what_would_take_too_much_memory_is_refused_before_it_is_drawn(monkeypatch):
@@ -1097,7 +1196,7 @@ def test_hundreds_of_later_fits_on_other_points_have_streams_of_their_own():
     for seed in range(270):
         fitted.fit(*problem(1, 3, seed + 1))
     assert len(fitted._search.start.law.stages) > 260
-    fitted.check()
+    check(fitted)
 
 
 def test_active_sets_of_networks_wider_than_an_integer_of_32_bits():
@@ -1167,7 +1266,7 @@ def test_without_that_check_flips_would_be_missed(monkeypatch):
     assert lean._search.clear is not None
     assert values_of(lean, "flips").sum() < values_of(full, "flips").sum()
     with pytest.raises(AssertionError):
-        lean.check()
+        check(lean)
 
 
 @pytest.mark.parametrize("name", ["_begin", "_go_to", "_look_around", "_lay_out", "_void"])
@@ -1207,13 +1306,13 @@ def test_lean_networks_are_saved_pickled_and_go_on_with_other_points(tmp_path):
     for twin in twins:
         np.testing.assert_array_equal(twin.predict(new), fitted.predict(new))
         assert_all_equal(twin.active_sets(), fitted.active_sets())
-        twin.check()
-        twin.fit(X, 0.02 * y).check()
-    fitted.fit(X, 0.02 * y).check()
+        check(twin)
+        check(twin.fit(X, 0.02 * y))
+    check(fitted.fit(X, 0.02 * y))
     np.testing.assert_allclose(twins[0].predict(new), fitted.predict(new), rtol=1e-6, atol=1e-9)
     for search in (*SEARCHES, "lazy"):
-        fitted.set_params(search=search).fit(other, 0.02 * targets).check()
-        fitted.fit(np.vstack([X, other]), 0.02 * np.append(y, targets)).check()
+        check(fitted.set_params(search=search).fit(other, 0.02 * targets))
+        check(fitted.fit(np.vstack([X, other]), 0.02 * np.append(y, targets)))
 
 
 def test_solvers_that_ask_for_active_sets_get_rows_of_all_neurons():
@@ -1223,7 +1322,7 @@ def test_solvers_that_ask_for_active_sets_get_rows_of_all_neurons():
     assert fitted._search.clear is None
     fitted = trainer(4000, **options).fit(X, 0.02 * y)
     assert fitted._search.clear is not None
-    fitted.set_params(warm_start=True, solver="sketch", tol=1e-12).fit(X, 0.02 * y).check()
+    check(fitted.set_params(warm_start=True, solver="sketch", tol=1e-12).fit(X, 0.02 * y))
     assert fitted._search.clear is None
 
 
@@ -1248,7 +1347,7 @@ def test_networks_drawn_live_are_saved_and_go_on_alike(seen, tmp_path):
     copied = pickle.loads(pickle.dumps(fitted))
     third = problem(6, 3, seed=11)
     for twin in (loaded, copied):
-        twin.fit(*third).check()
+        check(twin.fit(*third))
     fitted.fit(*third)
     for twin in (loaded, copied):
         np.testing.assert_array_equal(twin.n_live_, fitted.n_live_)
@@ -1839,7 +1938,7 @@ def test_points_without_active_neurons_do_not_drown_the_others():
             options = {"shift": 1.2, "damping": 0.02, "search": search, "random_state": seed}
             fitted = trainer(16, max_iter=0, **options).fit(X, 3 * y)
             silent = fitted._search.jacobian().active_counts() == 0
-            fitted.set_params(warm_start=True, max_iter=6).fit(X, 3 * y).check()
+            check(fitted.set_params(warm_start=True, max_iter=6).fit(X, 3 * y))
             woken += (fitted._search.jacobian().active_counts()[silent] > 0).sum()
     assert woken > 4
 
@@ -1895,7 +1994,7 @@ def test_networks_of_several_blocks_retrace_the_reference(search, init, width, m
     fitted = trainer(width, search=search, init=init, shift=0.1, damping=0.01, max_iter=4).fit(X, y)
     assert_retraces_the_reference(X, y, fitted)
     assert_consistent(X, fitted)
-    fitted.check()
+    check(fitted)
 
 
 @searches
@@ -1949,10 +2048,10 @@ def test_fitting_again_starts_anew(search):
 @searches
 def test_check_holds_for_every_search_and_notices_a_wrong_residual(search):
     fitted = trainer(400, shift=1.0, search=search, max_iter=2).fit(*problem(6, 8))
-    fitted.check()
+    check(fitted)
     fitted.residual_ *= 1.001
     with pytest.raises(AssertionError, match="the residual is not that of the weights"):
-        fitted.check()
+        check(fitted)
 
 
 @core
@@ -1960,7 +2059,7 @@ def test_check_notices_a_corrupted_node_of_a_search():
     fitted = trainer(400, shift=1.0, search="tree", max_iter=2).fit(*problem(6, 8))
     fitted._search._rows[400, 0] = 7.0
     with pytest.raises(AssertionError, match="an inner node is not the maximum of its children"):
-        fitted.check()
+        check(fitted)
 
 
 def test_operations_of_a_step_are_bounded_by_changed_neurons_in_trees_and_by_all_otherwise():
@@ -2028,7 +2127,7 @@ def test_a_step_taken_back_leaves_every_bit_as_it_was(search, points, network, s
             np.testing.assert_array_equal(found.network().weights, weights[found.live])
             np.testing.assert_array_equal(found.outputs, outputs)
             assert_all_equal(fitted.active_sets(), active)
-            fitted.check()
+            check(fitted)
     assert flips > 0
     step = rng.standard_normal(len(X))
     for trained in (fitted, untouched):
@@ -2063,13 +2162,13 @@ class Broken:
 
 def assert_whole(fitted, X, y, of_record=True):
     """The network is that of the last record, unless its targets are new, and goes on."""
-    fitted.check()
+    check(fitted)
     assert len(fitted.history_) == fitted.n_iter_ + 1
     assert fitted.history_[-1]["residual"] == fitted.residual_ or not of_record
     np.testing.assert_allclose(Net.of(fitted, X).residual(y), fitted.residual_, atol=1e-9)
     np.testing.assert_allclose(fitted.predict(X), Net.of(fitted, X).outputs, atol=1e-9)
     steps = fitted.n_iter_
-    fitted.set_params(callback=None, warm_start=True, max_iter=2).fit(X, y).check()
+    check(fitted.set_params(callback=None, warm_start=True, max_iter=2).fit(X, y))
     assert steps < fitted.n_iter_ == len(fitted.history_) - 1
 
 
@@ -2303,7 +2402,7 @@ def test_fits_broken_off_at_any_moment_leave_a_whole_network(search):
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 injected.clear()
-            net.check()
+            check(net)
             assert len(net.history_) == net.n_iter_ + 1
             assert net.history_[-1]["residual"] == net.residual_
             true = np.linalg.norm(net.predict(X) - y) / np.linalg.norm(y - y.mean())
@@ -2322,7 +2421,7 @@ def test_training_has_no_side_effects_on_cores_and_threads_of_blas(search):
     before, seen = surroundings(), []
     options = {"search": search, "init": "gaussian", "shift": 0.5, "damping": 0.01, "max_iter": 3}
     fitted = trainer(600, callback=lambda record: seen.append(surroundings()), **options).fit(X, y)
-    fitted.predict(X), fitted.weights(), fitted.check()
+    fitted.predict(X), fitted.weights(), check(fitted)
     assert [*seen, surroundings()] == [before] * (len(seen) + 1) and len(seen) == 4
     # Also for as long as an exception lives, from whatever place it came.
     kind = sublin.SEARCHES[search]
@@ -2355,7 +2454,7 @@ def lazy_networks(X, y, width, **options):
     fitted = trainer(width, **options)
 
     def look(record):
-        fitted.check()
+        check(fitted)
         seen.append((Net.of(fitted, X), fitted.active_sets()))
 
     return fitted.set_params(callback=look).fit(X, y), seen
@@ -2440,7 +2539,7 @@ def test_rows_made_anew_reach_a_pair_that_moves_down_as_a_point_comes_in(monkeyp
     lazy, dense = (
         trainer(2000, search=search, tol=1e-12, **options).fit(X, y) for search in ("lazy", "dense")
     )
-    lazy.check()
+    check(lazy)
     np.testing.assert_allclose(values_of(lazy), values_of(dense), rtol=1e-6)
 
 
@@ -2467,8 +2566,8 @@ def test_products_are_exact_after_very_long_moves_that_were_taken_back(n, width)
         mark = search.mark()
         search.advance(1e6 * rng.standard_normal(n), no_lap)
         search.undo(mark)
-    fitted.check()
-    fitted.set_params(warm_start=True, max_iter=5).fit(X, -y).check()
+    check(fitted)
+    check(fitted.set_params(warm_start=True, max_iter=5).fit(X, -y))
 
 
 def test_targets_of_extreme_size_leave_lazy_steps_dense_steps():
@@ -2499,7 +2598,7 @@ def test_of_neurons_active_on_one_point_only_those_that_flip_are_looked_at(n, d,
     assert one > 4 * several
     record = stepped.history_[1]
     assert 0 < record["flips"] <= record["looked_at"] <= record["flips"] + several
-    stepped.check()
+    check(stepped)
 
 
 @pytest.mark.parametrize("margin", [0.05, sublin.MARGIN])
@@ -2519,7 +2618,7 @@ def test_every_pair_may_flip_in_one_step_and_again():
     for sign in (-1.0, 1.0):
         fitted.set_params(max_iter=1).fit(X, [sign * 1e6, -sign * 1e6])
         assert fitted.history_[-1]["flips"] >= fitted._search.n_live
-        fitted.check()
+        check(fitted)
 
 
 def spoilt(name, value):
@@ -2571,10 +2670,10 @@ LATE = "a pair can flip before its certificate ends"
 )
 def test_check_notices_a_spoilt_row(spoil, message):
     fitted = trainer(400, shift=1.5, max_iter=2).fit(*problem(6, 8))
-    fitted.check()
+    check(fitted)
     spoil(fitted._search)
     with pytest.raises(AssertionError, match=message):
-        fitted.check()
+        check(fitted)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2683,7 +2782,7 @@ def test_words_and_dense_flip_the_same_pairs_where_neurons_fire_on_many_points(k
         np.testing.assert_array_equal(values_of(words, key), values_of(dense, key))
     np.testing.assert_allclose(values_of(words), values_of(dense), rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(words.weights(), dense.weights(), rtol=1e-6, atol=1e-7)
-    words.check()
+    check(words)
 
 
 def test_fewer_neurons_are_looked_at_in_words_as_steps_shrink():
@@ -2721,10 +2820,10 @@ def test_words_have_the_same_bits_for_any_number_of_threads(monkeypatch):
 )
 def test_check_notices_spoilt_words(spoil, message):
     fitted = trainer(400, search="words", shift=1.0, max_iter=2, damping=0.01).fit(*problem(9, 4))
-    fitted.check()
+    check(fitted)
     spoil(fitted._search._packed)
     with pytest.raises(AssertionError, match=message):
-        fitted.check()
+        check(fitted)
 
 
 @pytest.mark.as_it_pays
@@ -2742,7 +2841,7 @@ def test_lazy_keeps_rows_or_words_as_it_pays():
         assert fitted._search.start.law is None or kind is sublin._Lazy
         dense = trainer(width, search="dense", **options).fit(X, y)
         np.testing.assert_allclose(fitted.weights(), dense.weights(), rtol=1e-9, atol=1e-9)
-        fitted.check()
+        check(fitted)
 
 
 @pytest.mark.as_it_pays
@@ -2755,7 +2854,7 @@ def test_live_pairs_can_be_drawn_for_words_too():
     assert words.n_live_ < 4000
     np.testing.assert_allclose(words.weights(), dense.weights(), rtol=1e-9, atol=1e-9)
     words.set_params(warm_start=True).fit(np.concatenate([X, problem(5, 10, 1)[0]]), np.ones(13))
-    words.check()
+    check(words)
 
 
 @pytest.mark.as_it_pays
@@ -2768,7 +2867,7 @@ def test_a_warm_start_changes_between_rows_and_words(monkeypatch):
         before = fitted.weights()
         fitted.set_params(max_iter=0).fit(X, -y)
         np.testing.assert_allclose(fitted.weights(), before, rtol=1e-12, atol=1e-12)
-        fitted.set_params(max_iter=2).fit(X, -y).check()
+        check(fitted.set_params(max_iter=2).fit(X, -y))
         kinds.append(type(fitted._search))
     assert kinds == [sublin._Lazy, sublin._InWords, sublin._Lazy]
 
@@ -2875,7 +2974,7 @@ def test_other_targets_keep_the_sum_of_dual_steps_and_other_points_do_not():
     np.testing.assert_allclose(fitted.predict(X), fresh.predict(X), rtol=1e-6, atol=1e-14)
     fitted.set_params(max_iter=0).fit(X[::-1][:6], y[:6])
     assert not fitted._dual.any() and fitted._dual.size == 6
-    fitted.check()
+    check(fitted)
 
 
 def test_a_ridge_takes_points_that_coincide_or_have_no_neuron_in_its_stride():
@@ -2885,9 +2984,9 @@ def test_a_ridge_takes_points_that_coincide_or_have_no_neuron_in_its_stride():
         warnings.simplefilter("error")
         fitted = trainer(600, shift=0.7, damping="auto", ridge=0.1).fit(X, y)
     assert fitted.converged_ and fitted.residual_ > 0.1
-    fitted.check()
+    check(fitted)
     silent = trainer(30, shift=2.0, damping="auto", ridge=0.1, max_iter=100).fit(X, y)
-    silent.check()
+    check(silent)
     counts = silent._search.jacobian().active_counts()
     assert (counts == 0).any() and silent.converged_ and not silent._dual[counts == 0].any()
 
@@ -3003,9 +3102,9 @@ def test_rows_that_are_the_mean_of_their_columns_up_to_rounding_have_no_directio
             ValueError, match=r'row 3 of X is zero, up to rounding, once.*normalize="lift"'
         ):
             trainer(200, damping=1e-3, normalize="rows").fit(X, X[:, 0])
-        trainer(200, damping=1e-3, normalize="lift", max_iter=1).fit(X, X[:, 0]).check()
+        check(trainer(200, damping=1e-3, normalize="lift", max_iter=1).fit(X, X[:, 0]))
         X[3, 0] += 1e-6 * abs(offset)
-        trainer(200, damping=1e-3, normalize="rows", max_iter=1).fit(X, X[:, 0]).check()
+        check(trainer(200, damping=1e-3, normalize="rows", max_iter=1).fit(X, X[:, 0]))
 
 
 @core
@@ -3065,7 +3164,7 @@ def test_numpys_error_state_changes_nothing(seed):
 
         def fit(X=X, new=new, y=y, options=options):
             fitted = trainer(**options).fit(X, y)
-            fitted.set_params(warm_start=True).fit(X, y[::-1]).check()
+            check(fitted.set_params(warm_start=True).fit(X, y[::-1]))
             return fitted.predict(new), fitted.score(X, y), values_of(fitted), fitted.weights()
 
         def others(X=X, new=new):
@@ -3150,7 +3249,7 @@ def test_what_no_step_can_reduce_does_not_blow_up_the_dual_step(search):
         fitted = trainer(2000, **options).fit(X, y)
     bound = np.sqrt(((y[0] - y[1]) ** 2 + (y[2] - y[3]) ** 2) / 2) / np.linalg.norm(y)
     assert fitted.residual_ == pytest.approx(bound, rel=1e-6)
-    fitted.check()
+    check(fitted)
 
 
 # ==================================================================================================
@@ -3176,14 +3275,14 @@ def test_loaded_trainers_predict_to_the_bit_and_train_on(search, init, normalize
     assert_all_equal(loaded.active_sets(), fitted.active_sets())
     assert loaded.history_ == fitted.history_ and loaded.callback is None
     assert options.items() <= loaded.get_params().items() and loaded.width == 200
-    loaded.check()
+    check(loaded)
     loaded.save(tmp_path / "again.npz")
     again = SublinearTrainer.load(tmp_path / "again.npz")
     np.testing.assert_array_equal(again.predict(new), fitted.predict(new))
     for trained in (loaded, fitted):
         trained.set_params(warm_start=True, max_iter=3, callback=None).fit(X, y)
     np.testing.assert_allclose(loaded.weights(), fitted.weights(), atol=1e-9)
-    loaded.check()
+    check(loaded)
 
 
 @core
@@ -3371,9 +3470,9 @@ def test_pickles_hold_what_files_hold_and_predict_to_the_bit(search, init, tmp_p
         assert_all_equal(found, expected)
         assert twin.history_ == fitted.history_ and twin.callback is max
         assert twin.__dict__.keys() == fitted.__dict__.keys()
-        twin.check()
+        check(twin)
         again = twin.set_params(warm_start=True, callback=None).fit(X, -y)
-        again.check()
+        check(again)
         assert again.residual_ < 0.1
         assert_all_equal([fitted.predict(X)], expected[:1])  # which is another network
 
@@ -3386,7 +3485,7 @@ def test_a_trainer_that_joblib_maps_read_only_predicts_and_trains_on(tmp_path):
         mapped = joblib.load(tmp_path / "net", mmap_mode="r")
         np.testing.assert_array_equal(mapped.predict(X), fitted.predict(X))
         for points in (X, X[:20]):
-            mapped.set_params(warm_start=True).fit(points, y[: len(points)]).check()
+            check(mapped.set_params(warm_start=True).fit(points, y[: len(points)]))
 
 
 def test_predictions_make_the_weights_once(monkeypatch):
@@ -3502,7 +3601,7 @@ def test_a_callback_that_returns_true_stops_training():
         warnings.simplefilter("error")  # the user has stopped it
         fitted.fit(X, y)
     assert fitted.n_iter_ == 2 and len(fitted.history_) == 3 and not fitted.converged_
-    fitted.check()
+    check(fitted)
 
 
 @core
@@ -3712,11 +3811,11 @@ def test_check_compares_residuals_with_what_they_are_sums_of(y):
     X, targets = problem(12, 4)
     fitted = trainer(600, shift=0.5, damping="auto").fit(X, y * targets)
     for scale in (1e-12, 1.0, 1e6):
-        fitted.set_params(warm_start=True, max_iter=0).fit(X, scale * y * targets).check()
-    fitted.set_params(max_iter=50).fit(X, y * targets).check()
+        check(fitted.set_params(warm_start=True, max_iter=0).fit(X, scale * y * targets))
+    check(fitted.set_params(max_iter=50).fit(X, y * targets))
     fitted.residual_ += 1e-3
     with pytest.raises(AssertionError, match="residual is not that of the weights"):
-        fitted.check()
+        check(fitted)
 
 
 @core
@@ -3765,7 +3864,7 @@ def test_adaptive_damping_never_lets_the_residual_rise(search, solver):
     fitted = trainer(300, **options).fit(X, y)
     assert never_rises(fitted) and fitted.n_iter_ > 1
     assert_consistent(X, fitted)
-    fitted.check()
+    check(fitted)
 
 
 @core
@@ -3796,7 +3895,7 @@ def test_lazy_and_dense_damp_alike_in_every_regime(n, d, width, shift, scale, se
             trainer(2 * width, search=search, **options).fit(X, 10.0**scale * y)
             for search in ("lazy", "dense")
         )
-    lazy.check()
+    check(lazy)
     assert never_rises(lazy) and never_rises(dense)
     # Where the Gram matrix is nearly singular, rounding decides whether a step is taken; then only
     # the first ones agree.
@@ -3870,7 +3969,7 @@ def test_warm_starts_go_on_from_the_last_weights(search, init):
     np.testing.assert_allclose(parts.weights(), whole.weights(), rtol=1e-9, atol=1e-9)
     assert [record["iteration"] for record in parts.history_] == list(range(7))
     np.testing.assert_allclose(values_of(parts), values_of(whole), rtol=1e-9)
-    parts.check()
+    check(parts)
 
 
 @core
@@ -3886,13 +3985,13 @@ def test_warm_starts_go_on_with_other_points_and_searches(search, init, before):
     fitted.set_params(search=search, max_iter=0).fit(more, targets)
     np.testing.assert_allclose(fitted.weights(), net.W, atol=1e-12)
     np.testing.assert_array_equal(fitted.signs_, net.signs)
-    fitted.check()
+    check(fitted)
     fitted.set_params(max_iter=4).fit(more, targets)
     *_, expected = net.steps(targets, 4, damping=0.05)
     assert fitted.residual_ == pytest.approx(expected.residual(targets), rel=1e-6)
     np.testing.assert_allclose(fitted.weights(), expected.W, atol=1e-8)
     np.testing.assert_allclose(fitted.predict(X), expected._replace(X=X).outputs, atol=1e-8)
-    fitted.check()
+    check(fitted)
 
 
 @core
@@ -3906,8 +4005,8 @@ def test_warm_starts_go_on_with_targets_of_any_size_at_points_seen_and_unseen(sc
         fitted.fit(points, targets)
         assert fitted._search.n_live == fitted.n_live_
         if scale > 1e-3:  # else b is too large beside the targets for what check() asks
-            fitted.check()
-        fitted.fit(X, y).check()
+            check(fitted)
+        check(fitted.fit(X, y))
 
 
 @core
@@ -4077,7 +4176,7 @@ def test_arrays_mapped_read_only_train_and_train_on(search, normalize, tmp_path)
     for points, targets in ((X, y), mapped):
         options = {"search": search, "normalize": normalize, "shift": 0.5, "warm_start": True}
         fitted = trainer(400, damping=1e-3, max_iter=2, **options).fit(points, targets)
-        fitted.fit(points, targets).fit(points[:12], targets[:12]).fit(points, targets).check()
+        check(fitted.fit(points, targets).fit(points[:12], targets[:12]).fit(points, targets))
         results.append(fitted.predict(points))
     assert_all_equal(results[1:], results[:1])
 
@@ -4569,14 +4668,14 @@ def spread(name, comm, folder):
         fitted = trainer(**options, comm=comm, **asks)
         fitted.fit(X, y)
         tell("at first", fitted)
-        fitted.check()
+        check(fitted)
         fitted.set_params(callback=None, warm_start=True, max_iter=2).fit(X, 1.1 * y)
         tell("with other targets", fitted)
         if name in ("seen", "gaussian, words", "random"):
             told["weights"] = fitted.weights()
         fitted.fit(others, targets)
         path = tell("on other points", fitted)
-        fitted.check()
+        check(fitted)
         again = SublinearTrainer.load(path).set_params(comm=comm).fit(X, y)
         tell("loaded, and on the first points again", again)
         told["its weights"] = again.weights()
@@ -4988,7 +5087,7 @@ def test_steps_that_are_taken_back_never_run_out_of_moments(search, monkeypatch)
             fitted._search.advance(0.1 * y, lap)
         fitted._search.undo(mark)
         assert np.array_equal(fitted._search.outputs, before)
-        fitted.check()
+        check(fitted)
 
 
 class Lonely:
