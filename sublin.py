@@ -2552,9 +2552,9 @@ ENDURANCE, ROUNDING = 1e4, 0.01
 # The part of a slack that is relied upon, for rounding.
 CAUTION = 1.0 - 1e-14
 
-# A *moment* is the state of the weights after a step, or after undo(). So many are remembered; then
-# all neurons that move are looked at once, and all moments but the last are forgotten.
-MOMENTS = 256
+# A *moment* is the state of the weights after a step, or after undo(). There is room for so many at
+# first; it is doubled when they run out.
+MOMENTS = 64
 
 # What is not compiled needs this kind of array for row.start to work; compiled code takes the plain
 # kind faster.
@@ -2620,11 +2620,10 @@ NOT_NEGATIVE = 2**62 - 1
 
 
 class Moments(NamedTuple):
-    """Sums s of the dual steps at the moments first, first + 1, ..., of which `now` is the last."""
+    """Sums s of the dual steps at the moments 0, 1, ..., of which `now` is the last."""
 
-    first: int
     now: int
-    sums: np.ndarray  # (MOMENTS, n)
+    sums: np.ndarray  # (room, n)
     distance: float  # D now
     longest: float  # no weight vector of any neuron is longer now
 
@@ -2814,7 +2813,7 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
     # Arrays are taken out of the tuples once, as each time their references would be counted.
     rows, certificates, points, products = live
     X, XXt, cross, longest, shift, unit, entry = geometry
-    first_moment, now, sums, distance, _ = moments
+    now, sums, distance, _ = moments
     d, found = X.shape[1], 0
     factors, w = np.empty(len(X)), np.empty(d)
     for chunk in range(edges.size - 1):
@@ -2823,9 +2822,9 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
             if certificates[q] > distance:
                 continue
             row = rows[q]
-            scale, then, here = -unit * row.sign, row.looked - first_moment, now - first_moment
+            scale = -unit * row.sign
             first, size, k = row.start & NOT_NEGATIVE, row.count, row.active
-            along, travel = _travel(points, first, k, scale, sums, then, here, factors)
+            along, travel = _travel(points, first, k, scale, sums, row.looked, now, factors)
             left = row.slack - travel
             if k == 1:
                 left = min(row.slack - along, row.slack_against + along)
@@ -2884,7 +2883,7 @@ def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
     edges[chunk + 1] - 1."""
     rows, _, points, products = live
     X, XXt, _, _, shift, unit, entry = geometry
-    first_moment, now, sums, _, _ = moments
+    now, sums, _, _ = moments
     d = X.shape[1]
     factors, w, moved = np.empty(len(X)), np.empty(d), np.empty(len(X))
     for chunk in range(edges.size - 1):
@@ -2892,8 +2891,7 @@ def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
         for q in range(edges[chunk], edges[chunk + 1]):
             row = rows[q]
             first, k, scale = row.start & NOT_NEGATIVE, row.active, -unit * row.sign
-            then, here = row.looked - first_moment, now - first_moment
-            _travel(points, first, k, scale, sums, then, here, factors)
+            _travel(points, first, k, scale, sums, row.looked, now, factors)
             for a in range(k):
                 moved[a] = products[first + a]
             if _through_gram(k, k, d, entry):
@@ -3208,24 +3206,26 @@ class _Ledger:
     """
 
     def __init__(self):
-        # For every look for flips, in the order of time, CHUNKS pieces and s then. A piece is None,
-        # or FLIPs in the order of their neurons, and an array of one number, how many they are: 0
-        # until the kernel has written all of them.
+        # For every look for flips, in the order of time, CHUNKS pieces and the moment. A piece is
+        # None, or FLIPs in the order of their neurons, and an array of one number, how many they
+        # are: 0 until the kernel has written all of them.
         self.looks = []
 
-    def open(self, sums):
-        """A new look, while s is `sums`: its pieces, to be filled by threads."""
-        self.looks.append(([None] * CHUNKS, sums.copy()))
+    def open(self, moment):
+        """A new look: its pieces, to be filled by threads."""
+        self.looks.append(([None] * CHUNKS, moment))
         return self.looks[-1][0]
 
-    def gamma(self, neurons, offsets, points, sums):
+    def gamma(self, neurons, offsets, points, moments):
         """gamma (neurons.size, n) as a CSR matrix, for some of the live neurons, which are active
-        on points[offsets[z]:offsets[z + 1]], now that s is `sums`."""
+        on points[offsets[z]:offsets[z + 1]] now."""
+        sums = moments.sums[moments.now]
         shape = neurons.size, sums.size
         active = scipy.sparse.csr_matrix((sums[points], points, offsets), shape=shape)
         active.sort_indices()  # so that sums do not depend on the order of a row
         entries = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
-        for pieces, then in self.looks:
+        for pieces, moment in self.looks:
+            then = moments.sums[moment]
             for flips, _ in filter(None, pieces):
                 ends = np.searchsorted(flips["neuron"], [neurons, neurons + 1])
                 places, these = _ranges(*ends)
@@ -3269,8 +3269,7 @@ class _ByCounts(_Search):
     ranks, the same array where there is one. Subclasses offer _find_flips(), which looks at own
     neurons, replaces _own_counts and returns what their flips add to f, in fixed point, and a tally
     (neurons looked at, operations, flips, by how many more neurons move); _own_outputs(), what own
-    neurons add to f, in fixed point; _void(), after which all that move are looked at; and
-    active_sets_of(order).
+    neurons add to f, in fixed point; and active_sets_of(order).
 
     The outputs follow from the Gram matrix, f <- f - G g, and from the flips; `rounding` bounds
     what that has added up to. Where it matters when training ends, they are computed anew.
@@ -3281,13 +3280,12 @@ class _ByCounts(_Search):
 
     rounding = 0.0
     _left_out, _clear_counts = 0, 0  # clear neurons of this rank without rows, and their counts
-    _looked_until = -np.inf  # D when flips were last looked for; undo() raises D without looking
 
     def _set_out(self, moved):
         """Sets D, s and the moments to their beginning."""
         longest, self._block_size = max(self.start.longest, moved.longest), self.start.block_size
         self._geometry = Geometry.of(self.X, self.XXt, self.shift, self.width)
-        self._moments = Moments(0, 0, np.zeros((MOMENTS, len(self.X))), 0.0, longest)
+        self._moments = Moments(0, np.zeros((MOMENTS, len(self.X))), 0.0, longest)
 
     def _state(self):
         return {name: getattr(self, name) for name in self.REPLACED}
@@ -3334,37 +3332,25 @@ class _ByCounts(_Search):
     @property
     def _sums(self):
         """s now."""
-        return self._moments.sums[self._moments.now - self._moments.first]
+        return self._moments.sums[self._moments.now]
 
     def _go_to(self, sums):
         """Makes `sums` the s of a new moment, and adds to D."""
-        first, now, all_sums, distance, longest = self._moments
-        if now + 1 - first == len(all_sums):  # after steps that were broken off
+        now, all_sums, distance, longest = self._moments
+        if now + 1 == len(all_sums):
             all_sums = np.concatenate([all_sums, np.zeros_like(all_sums)])
-        all_sums[now + 1 - first] = sums
+        all_sums[now + 1] = sums
         moves = np.abs(sums - self._sums) * self._geometry.unit
         # D is rounded up, and certificates down
         distance = np.nextafter(distance + moves.max(), np.inf)
         longest += self._geometry.longest * moves.sum()
-        self._moments = Moments(first, now + 1, all_sums, distance, longest)
+        self._moments = Moments(now + 1, all_sums, distance, longest)
 
     def _travel_to(self, sums):
-        """Moves the neurons, and looks where a pair may have flipped. Before moments run out all
-        neurons are looked at, so that earlier ones are not needed any more."""
-        full = self._moments.now - self._moments.first + 3 > MOMENTS  # undo() takes one more
-        if full:
-            self._void()
+        """Moves the neurons, looks where a pair may have flipped, and adds up over all ranks what
+        that changes."""
         self._go_to(sums)
-        self._look_around()
-        if full:
-            last = np.zeros((MOMENTS, len(sums)))
-            last[0] = self._sums
-            self._moments = self._moments._replace(first=self._moments.now, sums=last)
-
-    def _look_around(self):
-        """Looks where a pair may have flipped, and adds up what that changes over all ranks."""
         own_outputs, tally = self._find_flips()
-        self._looked_until = self._moments.distance
         found = own_outputs, self._own_counts, tally
         # All ranks solve for themselves, and must have come to the same.
         alike = self._sums.tobytes() + self.outputs.tobytes()
@@ -3449,8 +3435,6 @@ class _Lazy(_ByCounts):
     @staticmethod
     def check_memory(X, width, dtype):
         """What it needs is known once the first blocks are drawn."""
-
-    placed_anew = 0  # rows made anew in training, for those who look inside
 
     def _begin(self, y, moved, may_wake, report, reach=None):
         self._set_out(moved)
@@ -3573,7 +3557,6 @@ class _Lazy(_ByCounts):
             self._go_to(mark["sums"])
         moments = self._moments._replace(longest=mark["state"]["_moments"].longest)
         vars(self).update({**mark["state"], "_moments": moments})
-        self._looked_until = -np.inf
 
     def _begin_again(self, reach):
         """With a wider reach, and the same steps, on all ranks at once. Only which neurons have
@@ -3589,10 +3572,6 @@ class _Lazy(_ByCounts):
         again._mark = {**self._mark, "state": state, "looks": len(again._ledger.looks)}
         # One call, which no interrupt divides.
         vars(self).update({**vars(again), **state, "start": self.start})
-
-    def _void(self):
-        moving = self._live.rows["active"] > 0
-        self._live.rows["slack"][moving] = self._live.certificates[moving] = -np.inf
 
     def _find_flips(self):
         """Looks where a pair may have flipped, and where a row was too short for that once more."""
@@ -3613,7 +3592,7 @@ class _Lazy(_ByCounts):
         n, edges, resolution = len(self.X), _edges(self.live.size), self._resolution_now
         outputs, tally = np.zeros((CHUNKS, 2, n), np.int64), np.zeros((CHUNKS, 5), np.int64)
         partial_counts = _counts_of_threads(n)
-        pieces = self._ledger.open(self._sums)
+        pieces = self._ledger.open(self._moments.now)
 
         def of_share(thread, low, high):
             flips, count = np.empty(self._used, FLIP), np.zeros(1, np.int64)  # one a pair at most
@@ -3642,7 +3621,6 @@ class _Lazy(_ByCounts):
             active = np.zeros(products.shape, bool)
             active[np.repeat(np.arange(neurons.size), np.diff(offsets)), points] = True
             self._place(neurons, products, active, margins)
-        self.placed_anew += short.size
         return short.size * self.X.size
 
     def _all_products(self, neurons):
@@ -3688,7 +3666,7 @@ class _Lazy(_ByCounts):
         drawn = np.minimum(neurons, self._seam)
         start = self._vectors[drawn // self.start.copies + (neurons - drawn)].astype(float)
         pairs = _active_pairs(self._live, neurons)
-        gamma = self._ledger.gamma(neurons, *pairs, self._sums)
+        gamma = self._ledger.gamma(neurons, *pairs, self._moments)
         return start - (self.signs[neurons] / np.sqrt(self.width))[:, None] * (gamma @ self.X)
 
 
@@ -3750,14 +3728,12 @@ def _move_weights(packed, signs, geometry, moments, neurons):
     whose slack is used up even by the length of the move, and operations; the others get new
     certificates."""
     weights, words, _, slack, certificates, looked = packed
-    X, unit, first_moment, now = geometry.X, geometry.unit, moments.first, moments.now
-    sums, distance = moments.sums, moments.distance
+    X, unit, (now, sums, distance, _) = geometry.X, geometry.unit, moments
     points, factors, move = np.empty(len(X), np.uint32), np.empty(len(X)), np.empty(X.shape[1])
     used_up, found, operations = np.empty(neurons.size, np.int64), 0, 0
     for q in neurons:
         k = _points_of(words[q], points)
-        then, here = looked[q] - first_moment, now - first_moment
-        _, travel = _travel(points, 0, k, -unit * signs[q], sums, then, here, factors)
+        _, travel = _travel(points, 0, k, -unit * signs[q], sums, looked[q], now, factors)
         left = slack[q] - travel
         if left <= 0.0:
             _combine(points, 0, k, factors, X, move)
@@ -3880,20 +3856,20 @@ def _add_outputs_in_words(packed, signs, geometry, moments, resolution, edges, o
     """Adds to outputs[chunk], in fixed point, the outputs of the neurons edges[chunk], ...,
     edges[chunk + 1] - 1."""
     X, shift, unit = geometry.X, geometry.shift, geometry.unit
-    here, (n, d) = moments.now - moments.first, X.shape
+    n, d = X.shape
     points, factors, excess, w = np.empty(n, np.uint32), np.empty(n), np.empty(n), np.empty(d)
     for chunk in range(edges.size - 1):
         total = outputs[chunk]
         for q in range(edges[chunk], edges[chunk + 1]):
             k = _points_of(packed.words[q], points)
-            then = packed.looked[q] - moments.first
-            _travel(points, 0, k, -unit * signs[q], moments.sums, then, here, factors)
+            scale, then = unit * signs[q], packed.looked[q]
+            _travel(points, 0, k, -scale, moments.sums, then, moments.now, factors)
             _combine(points, 0, k, factors, X, w)
             _add_multiple(w, 1.0, packed.weights[q])
             excess[:k] = -shift
             _move_through_weights(points, excess, 0, k, X, w)
             for a in range(k):
-                _add_fixed(total, points[a], unit * signs[q] * excess[a], resolution)
+                _add_fixed(total, points[a], scale * excess[a], resolution)
 
 
 class _InWords(_ByCounts):
@@ -3980,11 +3956,6 @@ class _InWords(_ByCounts):
     def _remember(self, neurons):
         """Before something of these neurons is overwritten."""
         self._log.append((neurons, Packed(*(array[neurons] for array in self._packed))))
-
-    def _void(self):
-        moving = np.flatnonzero(self._packed.active)
-        self._remember(moving)
-        self._packed.slack[moving] = self._packed.certificates[moving] = -np.inf
 
     def _find_flips(self):
         """Looks at the neurons whose certificates ran out and whose slack is used up."""
