@@ -3533,8 +3533,8 @@ class _Lazy(_ByCounts):
             self._live = LiveRows(*self._live[:2], *longer)
 
     def mark(self):
-        lengths = {"looks": len(self._ledger.looks), "steps": len(self._path)}
-        self._mark = {"state": self._state(), "sums": self._sums.copy(), **lengths}
+        looks, steps = len(self._ledger.looks), len(self._path)
+        self._mark = {"state": self._state(), "looks": looks, "steps": steps}
         return self._mark
 
     def advance(self, step, lap):
@@ -3553,10 +3553,13 @@ class _Lazy(_ByCounts):
             for piece in filter(None, pieces):
                 _unflip(self._live, *piece)
             looks.pop()
-        if not np.array_equal(self._sums, mark["sums"]):
-            self._go_to(mark["sums"])
-        moments = self._moments._replace(longest=mark["state"]["_moments"].longest)
-        vars(self).update({**mark["state"], "_moments": moments})
+        before = mark["state"]["_moments"]
+        sums = before.sums[before.now]
+        if not np.array_equal(self._sums, sums):
+            self._go_to(sums)
+        vars(self).update(
+            {**mark["state"], "_moments": self._moments._replace(longest=before.longest)}
+        )
 
     def _begin_again(self, reach):
         """With a wider reach, and the same steps, on all ranks at once. Only which neurons have
