@@ -2549,8 +2549,8 @@ REACH, LEAST_REACH = 1.3, 0.1
 # otherwise, gets ENDURANCE.
 ENDURANCE, ROUNDING = 1e4, 0.01
 
-# The part of a slack that is relied upon, for rounding.
-CAUTION = 1.0 - 1e-14
+# The part of a slack that is relied upon, for rounding, of |x_i| = 1 too.
+CAUTION = 1.0 - 1e-12
 
 # A *moment* is the state of the weights after a step, or after undo(). There is room for so many at
 # first; it is doubled when they run out.
@@ -2595,7 +2595,6 @@ class Geometry(NamedTuple):
     X: np.ndarray  # (n, d)
     XXt: np.ndarray  # (n, n)
     cross: float  # largest |<x_i, x_j>| over i != j, and more than 0
-    longest: float  # largest |x_i|^2, at least 1, so that it bounds |x_i| too
     shift: float
     unit: float  # m^(-1/2)
     entry: float  # cost of an entry of X X^T, see _through_gram
@@ -2607,7 +2606,6 @@ class Geometry(NamedTuple):
             X=X,
             XXt=XXt,
             cross=max(max(below), 1e-12),
-            longest=max(1.0, np.diag(XXt).max()),
             shift=shift,
             unit=width**-0.5,
             entry=SCATTERED if len(X) <= 362 else FAR_SCATTERED,  # whether X X^T is below 1 MB
@@ -2747,15 +2745,14 @@ def _slack_of_single(points, products, first, size, margin, XXt, cross, shift):
 
 
 @njit(inline="always")
-def _slack_of_travel(products, first, k, size, margin, cross, longest, shift):
-    """The travel below which no pair of a neuron can flip, by (*). Rows of X have length 1 up to
-    1e-6 only, so an active product may move by `longest` times the travel."""
+def _slack_of_travel(products, first, k, size, margin, cross, shift):
+    """The travel below which no pair of a neuron can flip, by (*)."""
     above, below = np.inf, margin
     for e in range(first, first + k):
         above = min(above, products[e] - shift)
     for e in range(first + k, first + size):
         below = min(below, shift - products[e])
-    return min(above / longest, below / cross)
+    return min(above, below / cross)
 
 
 @njit(inline="always")
@@ -2765,7 +2762,7 @@ def _certificate(distance, slack, k):
 
 
 @njit(inline="always")
-def _certify(points, products, row, XXt, cross, longest, shift, distance):
+def _certify(points, products, row, XXt, cross, shift, distance):
     """Finds the slack of a row that has been looked at; returns the certificate."""
     if row.active == 0:
         return np.inf
@@ -2773,7 +2770,7 @@ def _certify(points, products, row, XXt, cross, longest, shift, distance):
     if k == 1:
         along, against = _slack_of_single(points, products, first, size, margin, XXt, cross, shift)
     else:
-        along = _slack_of_travel(products, first, k, size, margin, cross, longest, shift)
+        along = _slack_of_travel(products, first, k, size, margin, cross, shift)
         against = np.inf
     row.slack, row.slack_against = along * CAUTION, against * CAUTION
     return _certificate(distance, min(along, against), k)
@@ -2812,7 +2809,7 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
     """
     # Arrays are taken out of the tuples once, as each time their references would be counted.
     rows, certificates, points, products = live
-    X, XXt, cross, longest, shift, unit, entry = geometry
+    X, XXt, cross, shift, unit, entry = geometry
     now, sums, distance, _ = moments
     d, found = X.shape[1], 0
     factors, w = np.empty(len(X)), np.empty(d)
@@ -2840,7 +2837,7 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
                 _move_through_weights(points, products, first, size, X, w)
                 length = np.sqrt(_dot(w, w))
                 tally[chunk, OPERATIONS] += (k + size) * d
-            row.margin -= min(cross * travel, longest * length) + ROUNDING * travel
+            row.margin -= min(cross * travel, length) + ROUNDING * travel
             row.looked = now
             tally[chunk, LOOKED_AT] += 1
             if row.margin < 0.0:  # looked at once more when it is made anew
@@ -2856,7 +2853,7 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
             tally[chunk, MOVING] += int(k > 0) - int(row.active > 0)
             tally[chunk, OPERATIONS] += size + (found - begun) * k
             row.active = k
-            certificates[q] = _certify(points, products, row, XXt, cross, longest, shift, distance)
+            certificates[q] = _certify(points, products, row, XXt, cross, shift, distance)
     count[0] = found
 
 
@@ -2882,7 +2879,7 @@ def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
     """Adds to outputs[chunk], in fixed point, the outputs of the neurons edges[chunk], ...,
     edges[chunk + 1] - 1."""
     rows, _, points, products = live
-    X, XXt, _, _, shift, unit, entry = geometry
+    X, XXt, _, shift, unit, entry = geometry
     now, sums, _, _ = moments
     d = X.shape[1]
     factors, w, moved = np.empty(len(X)), np.empty(d), np.empty(len(X))
@@ -2950,7 +2947,7 @@ def _thresholds(products, least_active, pull, cross, lowered_shift, lean):
 
 
 @njit(inline="always")
-def _is_clear(points, exact, first, k, end, pull, cross, longest, shift):
+def _is_clear(points, exact, first, k, end, pull, cross, shift):
     """Whether none of the pairs first, ..., end - 1, of which k are active, can cross b while no
     point pulls more than `pull`."""
     above, below, travel = np.inf, np.inf, 0.0
@@ -2958,7 +2955,7 @@ def _is_clear(points, exact, first, k, end, pull, cross, longest, shift):
         above, travel = min(above, exact[e] - shift), travel + pull[points[e]]
     for e in range(first + k, end):
         below = min(below, shift - exact[e])
-    return above > longest * travel and below > cross * travel
+    return above > travel and below > cross * travel
 
 
 @njit(inline="always")
@@ -3007,7 +3004,7 @@ def _fill_rows(
 
     Candidates come from `products`, which may be wrong by rounding, and are decided in float64.
     """
-    X, XXt, cross, longest, shift, _, _ = geometry
+    X, XXt, cross, shift, _, _ = geometry
     certificates, live = np.empty(rows.size), np.empty(chosen.size, np.int64)
     points, exact, w = np.empty(room, np.uint32), np.empty(room), np.empty(X.shape[1])
     found = first = left_out = 0  # `first` is where the next row begins
@@ -3016,14 +3013,14 @@ def _fill_rows(
         end, clear = _collect(products, chosen[z], thresholds[z], points, exact, first), False
         k = end - first
         if wanted == NEAR:  # float32 tells that most are clear
-            clear = _is_clear(points, exact, first, k, end, pull, cross, longest, shift + rounding)
+            clear = _is_clear(points, exact, first, k, end, pull, cross, shift + rounding)
         if not clear:
             w[:] = vectors[chosen[z]]
             k = _decide_row(points, exact, first, end, w, X, shift)
             if k == 0:
                 continue
             clear = wanted != ALL
-            clear &= _is_clear(points, exact, first, k, end, pull, cross, longest, shift)
+            clear &= _is_clear(points, exact, first, k, end, pull, cross, shift)
         if clear and wanted == NEAR:
             left_out += copies
             for e in range(first, first + k):
@@ -3036,7 +3033,7 @@ def _fill_rows(
         row.start, row.count, row.active = first, k if clear else end - first, k
         margin = max(0.0, shift - rounding - thresholds[z])
         row.margin = ENDURANCE if row.count == len(X) else margin
-        certificates[q] = _certify(points, exact, row, XXt, cross, longest, shift, 0.0)
+        certificates[q] = _certify(points, exact, row, XXt, cross, shift, 0.0)
         first += row.count
         if copies == 2:
             first = _copy_for_twin(rows, certificates, points, exact, q)
@@ -3167,7 +3164,7 @@ class _Clear(NamedTuple):
     @property
     def pulled(self):
         """None of them has moved further than this."""
-        return self.sieve.geometry.unit * np.abs(self.sums).sum() * self.sieve.geometry.longest
+        return self.sieve.geometry.unit * np.abs(self.sums).sum()
 
     def held(self):
         """Their numbers, weights and signs."""
@@ -3305,8 +3302,8 @@ class _ByCounts(_Search):
     @property
     def _resolution_now(self):
         """That of sums of outputs."""
-        longest, shift = self._moments.longest * self._geometry.longest, abs(self.shift)
-        return _resolution((longest + shift) * self._geometry.unit, self.width)
+        largest = self._moments.longest + abs(self.shift)
+        return _resolution(largest * self._geometry.unit, self.width)
 
     @property
     def _no_outputs(self):
@@ -3343,8 +3340,7 @@ class _ByCounts(_Search):
         moves = np.abs(sums - self._sums) * self._geometry.unit
         # D is rounded up, and certificates down
         distance = np.nextafter(distance + moves.max(), np.inf)
-        longest += self._geometry.longest * moves.sum()
-        self._moments = Moments(now + 1, all_sums, distance, longest)
+        self._moments = Moments(now + 1, all_sums, distance, longest + moves.sum())
 
     def _travel_to(self, sums):
         """Moves the neurons, looks where a pair may have flipped, and adds up over all ranks what
@@ -3776,12 +3772,12 @@ def _pack(products, shift, words, least):
 def _decide(products, weights, geometry, distance, least, words, active, slack, certificates):
     """Decides the pairs again that _pack has decided within rounding, from products in float64;
     fills the other arrays as Packed has them."""
-    X, longest, shift = geometry.X, geometry.longest, geometry.shift
+    X, shift = geometry.X, geometry.shift
     n, d = X.shape
     for q in range(len(products)):
         w = weights[q]
         length = np.sqrt(_dot(w, w))
-        rounding = (d + 4) * 2.0**-23 * (longest * length + abs(shift))
+        rounding = (d + 4) * 2.0**-23 * (length + abs(shift))
         if not rounding < 1e30:
             rounding = np.inf  # where float32 overflows, every pair is decided in float64
         nearest = least[q] - rounding
@@ -3800,7 +3796,7 @@ def _decide(products, weights, geometry, distance, least, words, active, slack, 
         count = np.uint64(0)
         for z in range(words.shape[1]):
             count += _population(words[q, z])
-        active[q], slack[q] = np.int64(count), nearest / longest * CAUTION
+        active[q], slack[q] = np.int64(count), nearest * CAUTION
         certificates[q] = _certificate(distance, slack[q], active[q]) if active[q] else np.inf
 
 

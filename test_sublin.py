@@ -227,7 +227,7 @@ def check_rows(search):
     rate = active.astype(float) @ search.XXt  # <x_i, x_j> if i is the only active point
     towards = np.where(excess >= 0, -rate, rate)
     of_single = np.maximum(ahead * towards, -back * towards)
-    of_travel = ahead * np.where(active, geometry.longest, geometry.cross)
+    of_travel = ahead * np.where(active, 1.0, geometry.cross)
     change = np.where((k == 1)[:, None], of_single, of_travel)
     safe = (change <= np.abs(excess) + tolerance) | ~moving[:, None]
     assert np.all(safe), "a pair can flip before its certificate ends"
