@@ -309,7 +309,9 @@ def printed_by(code, *start, **environment):
 def apart(call, *start, **environment):
     """What a call of a function of this file returns in a process of its own; or in several that
     the command `start` starts, in the one where it is not None."""
-    code = f"import bench, json\nif found := bench.{call}: print(json.dumps(found))"
+    code = (
+        f"import bench, json\nfound = bench.{call}\nif found is not None: print(json.dumps(found))"
+    )
     return printed_by(code, *start, **environment)
 
 
@@ -404,29 +406,18 @@ def rated(claim, source, predicts, exponents, most, comment, at_least=-np.inf):
 # ---- Experiment: how a step scales with the width, and beside plain NumPy ------------------------
 
 
-class Cell(NamedTuple):
-    """A size at which methods take turns; "numpy" among them is time_plain_numpy."""
-
-    n: int
-    d: int
-    width: int
-    methods: tuple
-    runs: int
-
-
 def scaling_cells(quick):
-    """All widths at one n and d, and two larger n. Small cells, which vary most, get more runs."""
+    """Sizes, methods that take turns there ("numpy" is time_plain_numpy), and how many runs: all
+    widths at one n and d, and two larger n. Small sizes, which vary most, get more runs."""
     n, d, widest_for_all = (16, 16, 1 << 13) if quick else (64, 32, 1 << 20)
     cells = []
     for width in powers(10, 14, 1) if quick else powers(11, 22, 1):
-        methods = tuple(METHODS) if width <= widest_for_all else ("lazy",)
+        methods = list(METHODS) if width <= widest_for_all else ["lazy"]
+        methods += ["numpy"] if width == widest_for_all else []
         runs = 2 if quick else 7 if width <= 1 << 16 else 5 if width <= 1 << 18 else 3
-        if width == widest_for_all:
-            methods += ("numpy",)
-        cells.append(Cell(n, d, width, methods, runs))
-    if not quick:
-        cells.append(Cell(256, 64, 1 << 20, ("lazy", "dense", "numpy"), 3))
-        cells.append(Cell(1024, 64, 1 << 18, ("lazy", "dense", "numpy"), 3))
+        cells.append(({"n": n, "d": d, "width": width}, methods, runs))
+    for n, d, width in () if quick else ((256, 64, 1 << 20), (1024, 64, 1 << 18)):
+        cells.append(({"n": n, "d": d, "width": width}, ["lazy", "dense", "numpy"], 3))
     return cells
 
 
@@ -449,14 +440,16 @@ def time_plain_numpy(X, y, width):
     return [{"method": name, "step": 1, "seconds": found} for name, found in seconds.items()]
 
 
-def run_cell(cell, method):
-    """The samples of one run."""
-    X, y = random_unit_data(cell.n, cell.d)
+def step_samples(n, d, width, method):
+    """The samples of one run, a sample for each step."""
+    X, y = random_unit_data(n, d)
     if method == "numpy":
-        return time_plain_numpy(X, y, cell.width)
-    trainer = train(X, y, cell.width, **METHODS[method].options)
+        return time_plain_numpy(X, y, width)
+    trainer = train(X, y, width, **METHODS[method].options)
     if method == "lazy" and not trainer.converged_:
-        raise SystemExit(f"lazy stopped at a residual of {trainer.residual_} at {cell}")
+        raise SystemExit(
+            f"lazy stopped at a residual of {trainer.residual_} at n = {n}, m = {width}"
+        )
     return [{"method": method, **sample} for sample in record_steps(trainer)]
 
 
@@ -464,17 +457,16 @@ def measure_scaling(quick):
     """Every turn runs through all cells, so that the runs of one are minutes apart: what else the
     machine does for some seconds spoils one of them, and not the median."""
     cells = scaling_cells(quick)
-    most = max(cell.runs for cell in cells)
-    turns = [(0, cell) for cell in cells if cell.runs == most]  # turn 0 is thrown away: it compiles
+    most = max(runs for *_, runs in cells)
+    turns = [(0, *cell) for cell in cells if cell[-1] == most]  # thrown away: it compiles
     for turn in range(1, most + 1):
-        turns += [(turn, c) for c in cells if turn in np.linspace(1, most, c.runs).round()]
+        turns += [(turn, *cell) for cell in cells if turn in np.linspace(1, most, cell[-1]).round()]
     samples = []
-    for turn, cell in progress(turns, "steps"):
-        for method in cell.methods:
+    for turn, size, methods, _ in progress(turns, "steps"):
+        for method in methods:
             time.sleep(0.03)  # for so long the idle threads of BLAS spin on the cores
-            found = run_cell(cell, method)
-            size = {"n": cell.n, "d": cell.d, "width": cell.width, "run": turn}
-            samples += [{**size, **sample} for sample in found if turn > 0]
+            found = step_samples(**size, method=method)
+            samples += [{**size, "run": turn, **sample} for sample in found if turn > 0]
     return samples
 
 
@@ -1762,11 +1754,11 @@ def judge_paths(samples):
 def judge_path(samples, label):
     n, widths = samples[0]["n"], sorted(distinct(samples, "width"))
 
-    def bound(claim, source, predicts, ratio):
-        """With what the ratio comes to at each width."""
+    def bound(claim, source, predicts, ratio, counted=samples):
+        """A claim about some of the samples, with what the ratio comes to at each width."""
         found = {m: np.median([ratio(s) for s in where(samples, width=m)]) for m in widths}
         comment = ", ".join(f"{value:.2g} at m = {power_text(m)}" for m, value in found.items())
-        return bounded(f"{claim}, {label}", source, predicts, list(map(ratio, samples)), comment)
+        return bounded(f"{claim}, {label}", source, predicts, list(map(ratio, counted)), comment)
 
     yield bound(
         "|G_t - G_0|_F at most lambda / 2 along training",
@@ -1792,15 +1784,13 @@ def judge_path(samples, label):
         "|J_t - J_0|_F / (sqrt(n R) m^(-1/4)), R being the largest move measured times sqrt(m),",
         lambda s: s["jacobian change"] / np.sqrt(n * s["move"]),
     )
-    widest = where(samples, width=widths[-1])
-    claim = bound(
+    yield bound(
         "the positions of nonzeros do not change much",
         "Section 3",
         "pairs that ever flip / (active pairs / 10), at the greatest width,",
         lambda s: s["flipped / active"] / 0.1,
+        where(samples, width=widths[-1]),
     )
-    ratios = [sample["flipped / active"] / 0.1 for sample in widest]
-    yield claim._replace(measured=spread(ratios), holds=max(ratios) <= 1)
 
 
 # ---- Experiment: gradient descent ----------------------------------------------------------------
@@ -2189,16 +2179,11 @@ def threshold_table(fits):
     rows = [["shift", "tables", "fits to 1e-3", "steps: median", "seconds: mean"]]
     for shift, aside in product(distinct(fits, "shift"), distinct(fits, "aside")):
         mine = where(fits, shift=shift, aside=aside)
+        name = f'"{shift}"' if isinstance(shift, str) else f"{shift:g}"
+        reached = f"{len(where(mine, converged=True))} of {len(mine)}"
         steps, seconds = np.array([(s["steps"], s["seconds"]) for s in mine]).T
-        rows.append(
-            [
-                f'"{shift}"' if isinstance(shift, str) else f"{shift:g}",
-                "kept aside" if aside else "looked at",
-                f"{len(where(mine, converged=True))} of {len(mine)}",
-                f"{np.median(steps):.0f}",
-                f"{seconds.mean():.2f}",
-            ]
-        )
+        pace = f"{np.median(steps):.0f}", f"{seconds.mean():.2f}"
+        rows.append([name, "kept aside" if aside else "looked at", reached, *pace])
     return markdown_table(rows)
 
 
