@@ -1217,10 +1217,8 @@ def judge_contraction(samples):
     )
     good = [sample for sample in cells if halves(sample)]
     others = ", ".join(f"{len(where(cells, end=end))} {end}" for end in ("stuck", "singular"))
-    lost = dict(
-        sorted((s["n"], s["width"]) for s in cells if not halves(s))
-    )  # the widest of each n
-    places = ", ".join(f"n = {n} up to m = {power_text(m)}" for n, m in lost.items())
+    widest_lost = dict(sorted((s["n"], s["width"]) for s in cells if not halves(s)))  # by n
+    places = ", ".join(f"n = {n} up to m = {power_text(m)}" for n, m in widest_lost.items())
     yield Claim(
         "each step at least halves the residual, at the widths measured",
         "Theorems 1.1, 4.1",
@@ -1519,12 +1517,12 @@ def draw_sketches(samples):
     embeddings, sizes = parts(samples, "embeddings", "sizes")
     ratios = np.array(sorted(distinct(embeddings, "ratio")))
     for axis, sketch in zip(left, distinct(embeddings, "sketch"), strict=True):
-        mine = [s for s in where(embeddings, sketch=sketch) if s["distortion"] > 1e-12]  # not exact
+        mine = where(embeddings, sketch=sketch)  # a line that leaves the axes below becomes exact
         curves(axis, mine, "ratio", "distortion", "kind", "{} data".format)
         known = 2 / np.sqrt(ratios) + 1 / ratios  # of eigenvalues (1 + (n / rows)^(1/2))^2
         axis.plot(ratios, known, color=GREY, linewidth=1.5, zorder=1, label="Gaussian, in theory")
         axis.axhline(0.1, color=GREY, linestyle=":", label="the paper asks for 0.1")
-        axis.set(yscale="log", ylim=(0.02, 4), ylabel="distortion ε, where it is not 0")
+        axis.set(yscale="log", ylim=(0.02, 4), ylabel="distortion ε")
         axis.set_title(f"{sketch} sketch, n = {embeddings[0]['n']}")
     curves(last, sizes, "ratio", "iterations", "solver", SOLVERS.get)
     last.axhline(sizes[0]["log"], color=GREY, linestyle=":", label="log(n / λ)")
@@ -1942,18 +1940,17 @@ def number_crossover(samples):
     """The fastest method by n and m; and where it is not lazy, the default, and by how much."""
     best, lost = winners(samples, "total"), {}
     counts, widths = (sorted(distinct(samples, key)) for key in ("n", "width"))
+
+    def cell(n, m):
+        if not best.get((n, m)):
+            return "not all converge" if (n, m) in best else "not measured"
+        name, seconds = best[n, m]
+        if name != "lazy":
+            lost.setdefault(n, {})[m] = seconds["lazy"] / seconds[name]
+        return f"{name}, dense {times(seconds['dense'] / seconds[name])}"
+
     rows = [["", *(f"m = {power_text(m)}" for m in widths)]]
-    for n in counts:
-        cells = []
-        for size in product([n], widths):
-            if found := best.get(size):
-                name, seconds = found
-                cells.append(f"{name}, dense {times(seconds['dense'] / seconds[name])}")
-                if name != "lazy":
-                    lost.setdefault(n, {})[size[1]] = seconds["lazy"] / seconds[name]
-            else:
-                cells.append("not all converge" if size in best else "not measured")
-        rows.append([f"n = {n}", *cells])
+    rows += [[f"n = {n}", *(cell(n, m) for m in widths)] for n in counts]
     texts = [
         f"n = {n} up to m = {power_text(max(found))}, by at most {times(max(found.values()))}"
         for n, found in lost.items()
@@ -2063,8 +2060,8 @@ def regressors():
 
     def tuned_kernel(X, y):
         widths = [c / X.shape[1] for c in (0.03, 0.1, 0.3, 1.0)]
-        grid = {"alpha": [0.01, 0.1, 1.0], "gamma": widths}
-        model = make_pipeline(StandardScaler(), GridSearchCV(KernelRidge(kernel="rbf"), grid))
+        choices = {"alpha": [0.01, 0.1, 1.0], "gamma": widths}
+        model = make_pipeline(StandardScaler(), GridSearchCV(KernelRidge(kernel="rbf"), choices))
         return TransformedTargetRegressor(model, transformer=StandardScaler()).fit(X, y)
 
     linear = make_pipeline(StandardScaler(), RidgeCV(10.0 ** np.arange(-3, 4)))
@@ -2169,7 +2166,7 @@ def judge_data(samples):
         "this project",
         "the difference of predictions falls like m^(-1/2) (exponent -0.6 to -0.4)",
         f"exponent {spread(found)}",
-        all(-0.6 <= slope <= -0.4 for slope in found),
+        all(-0.6 <= exponent <= -0.4 for exponent in found),
         "diabetes, b = 1, ridge = 1, widths from 2^8 to 2^18",
     )
 
