@@ -151,16 +151,16 @@ def distinct(samples, key):
     return list(dict.fromkeys(sample[key] for sample in samples))
 
 
-def slope(widths, values):
-    """Exponent p of the least-squares fit value = c width^p."""
-    return float(np.polyfit(np.log(widths), np.log(values), 1)[0])
+def slope(values):
+    """Exponent p of the least-squares fit value = c width^p to values by width."""
+    return float(np.polyfit(np.log(list(values)), np.log(list(values.values())), 1)[0])
 
 
 def slopes(samples, value, narrowest=0):
     """For each seed, the exponent of value(sample) in the width, from the narrowest on."""
     wide = [s for s in samples if s["width"] >= narrowest]
     by_seed = [where(wide, seed=seed) for seed in distinct(wide, "seed")]
-    return [slope([s["width"] for s in mine], list(map(value, mine))) for mine in by_seed]
+    return [slope({s["width"]: value(s) for s in mine}) for mine in by_seed]
 
 
 def least(samples, key, good):
@@ -353,7 +353,6 @@ def curves(axis, samples, x, y, by, label, **options):
 
 # ---- Claims of the paper -------------------------------------------------------------------------
 
-SEEDS = range(5)
 TINY = np.finfo(float).tiny
 FAILURE = 0.1  # rho, the probability of failure that theorems ask for where they do not fix it
 POWER = 0.76  # (3 + alpha) / 4 at the default alpha = 0.04
@@ -369,7 +368,7 @@ class Claim(NamedTuple):
 
 
 def seeds(quick):
-    return SEEDS[:2] if quick else SEEDS
+    return range(2 if quick else 5)
 
 
 def on_random_data(measure):
@@ -486,8 +485,7 @@ def scaling_slope(samples, method, key):
     greatest width at which all methods ran."""
     values, last = by_width(samples, method, key), max(by_width(samples, "dense"))
     first = min(1 << 14, sorted(values)[-3])
-    wide = [width for width in values if first <= width <= last]
-    return slope(wide, [values[width] for width in wide])
+    return slope({width: v for width, v in values.items() if first <= width <= last})
 
 
 def draw_scaling(samples):
@@ -661,18 +659,17 @@ def measure_total(quick):
     return samples
 
 
-def whole_seconds(samples, n, method):
-    """Widths, and the median seconds of a whole fit at each."""
-    mine = where(samples, part="fits", n=n, method=method)
-    return medians(mine, "width", "seconds")[:2]
+def whole_medians(fits, n, method, key="seconds"):
+    """The median over runs of what a whole fit takes at each width, as a dict."""
+    mine = where(fits, n=n, method=method)
+    return dict(zip(*medians(mine, "width", key)[:2], strict=True))
 
 
-def total_slope(samples, n, method, key="seconds"):
+def total_slope(fits, n, method, key="seconds"):
     """Exponent of a lazy fit from m = 2^24 on, of the others over their last three widths."""
-    mine = where(samples, part="fits", n=n, method=method)
-    widths, values, *_ = medians(mine, "width", key)
-    wide = widths >= (min(1 << 24, widths[-2]) if method == "lazy" else widths[-3:][0])
-    return slope(widths[wide], values[wide])
+    values = whole_medians(fits, n, method, key)
+    first = min(1 << 24, list(values)[-2]) if method == "lazy" else list(values)[-3:][0]
+    return slope({width: v for width, v in values.items() if width >= first})
 
 
 def draw_total(samples):
@@ -682,7 +679,8 @@ def draw_total(samples):
     for axis, n in zip(axes, distinct(fits, "n"), strict=True):
         for name, method in RACERS.items():
             label = f"{method.label}, slope {total_slope(fits, n, name):.2f}"
-            axis.plot(*whole_seconds(fits, n, name), label=label, **method.look)
+            seconds = whole_medians(fits, n, name)
+            axis.plot(list(seconds), list(seconds.values()), label=label, **method.look)
         mine = where(fits, n=n, method="lazy")
         width_axis(axis, distinct(mine, "width"))
         axis.set_yscale("log")
@@ -696,9 +694,9 @@ def draw_total(samples):
 
 
 def judge_total(samples):
-    n = samples[0]["n"]
-    exponent = total_slope(samples, n, "lazy")
-    live = total_slope(samples, n, "lazy", "live")
+    (fits,) = parts(samples, "fits")
+    n = fits[0]["n"]
+    exponent, live = (total_slope(fits, n, "lazy", key) for key in ("seconds", "live"))
     yield Claim(
         "not only steps: the whole fit takes time that grows no faster than m^0.76",
         "beyond Remark 1.2",
@@ -719,7 +717,7 @@ def number_total(samples):
         rows.append([size, *counts, *costs])
     numbers = {"largest": f"\n\n{markdown_table(rows)}\n\n"}
     for n in distinct(fits, "n"):
-        seconds = {name: dict(zip(*whole_seconds(fits, n, name), strict=True)) for name in RACERS}
+        seconds = {name: whole_medians(fits, n, name) for name in RACERS}
         widest = max({1 << 14, 1 << 20} & set(seconds["numpy"]))
         for name in ("numpy", "dense"):
             numbers[f"{name} whole {n}"] = times(seconds[name][widest] / seconds["lazy"][widest])
@@ -1355,7 +1353,7 @@ def draw_sparsity(samples):
         for s in unions
     ]
     curves(right, unions, "x", "share", "width", lambda m: f"m = {power_label(m)}")
-    x = np.array(sorted(distinct(unions, "x")))
+    x = np.array(sorted({1.0, *distinct(unions, "x")}))
     right.plot(x, np.minimum(x, 1), color=GREY, linestyle=":", label="bound, n m$^{-0.24}$")
     right.set(xscale="log", yscale="log", title="... many points fire many")
     right.set(xlabel="points, in units of m$^{0.24}$", ylabel="share of neurons moved, |K| / m")
@@ -2398,7 +2396,6 @@ def draw_ranks(samples):
     model, many = Model.of(samples), 2 ** np.arange(int(np.log2(MOST_RANKS)) + 1)
     measured, cores = distinct(samples, "width"), samples[0]["cores"]
     dots = {"marker": "o", "markersize": 9, "linewidth": 2}
-    hollow = {**dots, "linestyle": "none", "markerfacecolor": "white"}
     dashes = {"linestyle": (0, (4, 3)), "linewidth": 2}
     widths = [*measured, *(1 << k for k in PREDICTED_WIDTHS if 1 << k > measured[-1])]
     for width, color in zip(widths, COLOURS, strict=False):
@@ -2410,15 +2407,10 @@ def draw_ranks(samples):
         if width in measured:
             mine = [s for s in where(samples, width=width) if s["ranks"]]
             ranks, seconds, *_ = medians(mine, "ranks", "seconds")
-            fair = ranks <= cores
-            axis.plot(ranks[fair], seconds[fair], color=color, **dots)
-            axis.plot(ranks[~fair], seconds[~fair], color=color, **hollow)
-    for text, how in (
-        ("measured", dots),
-        (f"measured with more ranks than the {cores} cores", hollow),
-        ("predicted by a model", dashes),
-    ):
-        axis.plot([], [], color=GREY, label=text, **how)
+            axis.plot(ranks, seconds, color=color, **dots)
+    axis.plot([], [], color=GREY, label="measured", **dots)
+    axis.plot([], [], color=GREY, label="predicted by a model", **dashes)
+    axis.axvline(cores, color=GREY, linestyle=":", label=f"the {cores} cores of the machine")
     below(axis, 3)
     axis.set_xscale("log", base=2)
     axis.set(yscale="log", xlim=(0.25, 1.5 * many[-1]))
@@ -2594,12 +2586,9 @@ MARK = re.compile(r"<!-- ([^<>]+) -->(.*?)<!-- end -->", re.DOTALL)
 
 def filled(text, numbers):
     """The text of README.md with these numbers between its marks; other marks stay as they are."""
-
-    def number(mark):
-        name = mark[1]
-        return f"<!-- {name} -->{numbers.get(name, mark[2])}<!-- end -->"
-
-    return MARK.sub(number, text)
+    return MARK.sub(
+        lambda mark: f"<!-- {mark[1]} -->{numbers.get(mark[1], mark[2])}<!-- end -->", text
+    )
 
 
 # ---- Command line --------------------------------------------------------------------------------
