@@ -1,25 +1,27 @@
 """Measures sublin, draws the figures in plots/ and writes the numbers of README.md.
 
-    python bench.py               the methods against each other
-    python bench.py total         whole fits, drawing included, to the greatest widths
+    python bench.py               what a step costs, method against method, by the width
+    python bench.py total         whole fits, drawing of the weights included, to great widths
     python bench.py peers         other ways to train the same network
     python bench.py data          real tables: the threshold they need, and other regressors
     python bench.py claims        every claim of the paper
     python bench.py ranks         neurons spread over processes (needs mpi4py and mpich)
     python bench.py ... --quick       a small version of it, which leaves README.md alone
-    python bench.py ... --plot-only   draws and writes again from the JSON files
+    python bench.py ... --plot-only   measures nothing: draws and writes from the JSON files
 
-The file is a list of experiments (EXPERIMENTS, near the end), one block each:
+The file is a list of experiments (EXPERIMENTS, near the end). One has up to five functions:
 
-    measure(quick) -> samples     a list of flat dicts, which becomes a JSON in plots/
-    draw(samples) -> figure       each figure is drawn from the JSON alone
-    judge(samples) -> claims      what the paper says about it, and whether it holds
-    number(samples) -> texts      what README.md says about it, by the name of the mark
+    measure_NAME(quick) -> samples    a list of flat dicts, which becomes plots/NAME.json
+    draw_FIGURE(samples) -> figure    plots/FIGURE.png, drawn from the JSON alone
+    judge_NAME(samples) -> claims     what the paper says about it, and whether that holds
+    number_NAME(samples) -> texts     what README.md says about it, by the names of its marks
+    page_NAME(samples) -> text        plots/NAME.md, for tables too long for README.md
 
-To add one, write its measure_NAME, and if wanted draw_, judge_ and number_NAME, and a row of
-EXPERIMENTS. Methods of `scaling` are compared before they are timed, and take turns, so that a
-change in the machine's speed meets all of them alike. Seconds of a step are the mean over the steps
-of a run, and the median of that over runs.
+To add one, write its measure_NAME, what is wanted of the others, and a row of EXPERIMENTS.
+Notation is that of sublin.py: n points in d dimensions, m neurons (`width`), threshold b (`shift`).
+Where methods are timed against each other they take turns, so that a change in the machine's speed
+meets all of them alike. Seconds of a step are the mean over the steps of a run, and the median of
+that over runs.
 """
 
 import argparse
@@ -53,7 +55,6 @@ import sublin
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 HERE = Path(__file__).resolve().parent
 PLOTS = HERE / "plots"
@@ -67,19 +68,17 @@ GREY = "#777777"  # of reference lines
 COLOURS = (BLACK, BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)  # of lines in their order
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-TOLERANCE = 1e-9  # relative residual to which "lazy" trains, in 4 or 5 steps
-STEPS = 4  # of the others, whose steps all cost the same: by then float32 is at its rounding
+TOLERANCE = 1e-9  # relative residual to which networks are trained if nothing else is said
+STEPS = 4  # of timed runs other than lazy's: they all cost the same, and end where float32 does
 
-PHASES = {  # keys of the trainer's history: label, colour
-    "seconds_query": ("find active neurons, outputs", BLUE),
-    "seconds_jacobian": ("Gram matrix or sketch", ORANGE),
-    "seconds_solve": ("solve", BLACK),
-    "seconds_update": ("move weights or products", PURPLE),
-}
+# What the trainer's history says of a step: seconds to find active neurons and outputs, to make the
+# Gram matrix or a sketch, to solve, and to move weights or products; and other costs.
+PHASES = ("seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update")
+RECORDED = ("residual", "active", "changed", "looked_at", "flips", "operations", "seconds", *PHASES)
 
 
 class Method(NamedTuple):
-    """A way of training that sublin offers."""
+    """A way of training that sublin offers, and the look of its line in a figure."""
 
     label: str
     search: str
@@ -89,12 +88,11 @@ class Method(NamedTuple):
 
     @property
     def look(self):
-        """Of its line in a figure."""
         return {"color": self.colour, "marker": self.marker, "linewidth": 2, "markersize": 8}
 
     @property
     def options(self):
-        """Options of the trainer for a timed run."""
+        """Of the trainer, for a timed run. Only lazy trains to TOLERANCE, in 4 or 5 steps."""
         stop = {} if self.search == "lazy" else {"tol": 0.0, "max_iter": STEPS}
         return {"search": self.search, "solver": self.solver, "dtype": "float32", **stop}
 
@@ -128,7 +126,7 @@ def every(**values):
 def grid(part, measure, keep=lambda case: True, **values):
     """A sample for each combination of the values, or those to `keep`, with what `measure` returns.
 
-    `part` is the name by which an experiment of several such grids tells their samples apart.
+    `part` tells the samples of a grid from those of other grids of the same experiment.
     """
     cases = [case for case in every(**values) if keep(case)]
     return [{"part": part, **case, **measure(**case)} for case in progress(cases, part)]
@@ -143,23 +141,26 @@ def where(samples, **values):
     return [s for s in samples if all(s.get(key) == value for key, value in values.items())]
 
 
+def parts(samples, *names):
+    """The samples of each of these parts."""
+    return [where(samples, part=name) for name in names]
+
+
 def distinct(samples, key):
     """Values of a key in the order in which they first appear."""
     return list(dict.fromkeys(sample[key] for sample in samples))
 
 
-def slope(widths, values):
-    """Exponent p of the least-squares fit value = c width^p."""
-    return float(np.polyfit(np.log(widths), np.log(values), 1)[0])
+def slope(values):
+    """Exponent p of the least-squares fit value = c width^p to values by width."""
+    return float(np.polyfit(np.log(list(values)), np.log(list(values.values())), 1)[0])
 
 
-def slopes(samples, value, least=0):
-    """For each seed, the exponent of value(sample) in the width, from `least` on."""
-    found = []
-    for seed in distinct(samples, "seed"):
-        mine = [(s["width"], value(s)) for s in where(samples, seed=seed) if s["width"] >= least]
-        found.append(slope(*zip(*mine, strict=True)))
-    return found
+def slopes(samples, value, narrowest=0):
+    """For each seed, the exponent of value(sample) in the width, from the narrowest on."""
+    wide = [s for s in samples if s["width"] >= narrowest]
+    by_seed = [where(wide, seed=seed) for seed in distinct(wide, "seed")]
+    return [slope({s["width"]: value(s) for s in mine}) for mine in by_seed]
 
 
 def least(samples, key, good):
@@ -202,7 +203,12 @@ def spread(values):
 
 
 def power_text(width):
-    return "none" if width is None else f"2^{round(float(np.log2(width)), 2):g}"
+    return f"2^{round(float(np.log2(width)), 2):g}"
+
+
+def scientific(value):
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa} × 10^{int(exponent)}"
 
 
 def markdown_table(rows):
@@ -232,11 +238,8 @@ def train(X, y, width, seed=0, **options):
 
 
 def paper_run(X, y, width, seed, **options):
-    """A network as the paper has it: independent signs."""
+    """A network that starts as in the paper, with independent signs."""
     return train(X, y, width, seed, **{"init": "gaussian", "max_iter": 20, **options})
-
-
-RECORDED = ("residual", "active", "changed", "looked_at", "flips", "operations", "seconds", *PHASES)
 
 
 def record_steps(trainer):
@@ -250,12 +253,12 @@ def record_steps(trainer):
 
 
 def timed_run(X, y, width, seed, **options):
-    """A run as the paper has it as one sample: how it ended, its steps, and what they cost.
+    """A paper_run as one sample: how it ended, its steps, and what they cost.
 
-    `active` is the share of active pairs at the start, `worst` the largest ratio of residuals of
-    successive steps, `total` and `training` are seconds with and without initialisation. Seconds
-    alone, by phase too, and operations are means over the steps. Nothing but the end is known where
-    the Gram matrix is singular.
+    `active` is the share of pairs of a point and a neuron that are active at the start, `worst` the
+    largest ratio of residuals of successive steps; `total` and `training` are seconds with and
+    without the drawing of the weights; `seconds`, by phase too, and `operations` are means over the
+    steps. Where the Gram matrix is singular, only that is known.
     """
     try:
         trainer = paper_run(X, y, width, seed, **options)
@@ -275,6 +278,43 @@ def timed_run(X, y, width, seed, **options):
     }
 
 
+# ---- Processes -----------------------------------------------------------------------------------
+
+IN_LINUX = os.path.exists("/proc/self/status")  # where the peak memory of a process is known
+
+
+def peak_memory():
+    """Of this process, in GiB. VmHWM, since getrusage counts the parent's memory too, which a child
+    shares until it runs its own program."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+
+def keep_freed_memory():
+    """Has glibc use again what was freed, rather than give it back and pay for new pages in every
+    step, which costs methods with large arrays most."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def printed_by(code, *start, **environment):
+    """The JSON that a program prints in a process of its own, started by the command `start`."""
+    run = [*start, sys.executable, "-W", "ignore", "-c", code]
+    options = {"cwd": HERE, "env": {**os.environ, **environment}, "capture_output": True}
+    return json.loads(subprocess.run(run, check=True, text=True, **options).stdout)
+
+
+def apart(call, *start, **environment):
+    """What a call of a function of this file returns in a process of its own; or in several that
+    the command `start` starts, in the one where it is not None."""
+    code = (
+        f"import bench, json\nfound = bench.{call}\nif found is not None: print(json.dumps(found))"
+    )
+    return printed_by(code, *start, **environment)
+
+
 # ---- Figures -------------------------------------------------------------------------------------
 
 STYLE = {"savefig.dpi": 150, "font.size": 13, "axes.titlesize": 14, "legend.fontsize": 11.5}
@@ -287,9 +327,8 @@ def panels(count=1, height=5.0, width=11.0, **options):
     return plt.subplots(1, count, figsize=(width, height), layout="constrained", **options)
 
 
-def power_label(value):
-    exponent = round(np.log2(value))
-    return f"$2^{{{exponent}}}$" if value == 2**exponent else f"{value:g}"
+def power_label(width):
+    return f"$2^{{{round(np.log2(width))}}}$"
 
 
 def width_axis(axis, widths):
@@ -303,25 +342,17 @@ def below(axis, columns=2):
     axis.legend(ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
-def line_with_range(axis, samples, x, y, place, label, **options):
-    """Medians as a line in the colour of that place in the palette, ranges over seeds as a band."""
-    at, middle, low, high = medians(samples, x, y)
-    look = {"color": COLOURS[place], "marker": MARKERS[place], "linewidth": 2, "markersize": 6}
-    look |= {"label": label, **options}
-    axis.plot(at, middle, **look)
-    axis.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
-
-
-def map_axes(axis, counts, widths, title):
-    axis.set_xticks(range(len(widths)), [power_label(width) for width in widths])
-    axis.set_yticks(range(len(counts)), counts)
-    axis.set(xlabel="width m (neurons)", ylabel="points n", title=title)
-    axis.grid(False)
+def curves(axis, samples, x, y, by, label, **options):
+    """A line for each value of a key: medians, and ranges over seeds as a band."""
+    for value, color, marker in zip(distinct(samples, by), COLOURS, MARKERS, strict=False):
+        at, middle, low, high = medians(where(samples, **{by: value}), x, y)
+        look = {"color": color, "marker": marker, "linewidth": 2, "markersize": 6, **options}
+        axis.plot(at, middle, label=label(value), **look)
+        axis.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 # ---- Claims of the paper -------------------------------------------------------------------------
 
-SEEDS = range(5)
 TINY = np.finfo(float).tiny
 FAILURE = 0.1  # rho, the probability of failure that theorems ask for where they do not fix it
 POWER = 0.76  # (3 + alpha) / 4 at the default alpha = 0.04
@@ -329,7 +360,7 @@ POWER = 0.76  # (3 + alpha) / 4 at the default alpha = 0.04
 
 class Claim(NamedTuple):
     claim: str
-    where: str  # in the paper
+    source: str  # where in the paper
     predicts: str  # with the constant that was checked
     measured: str  # medians and ranges over seeds and cases
     holds: bool
@@ -337,11 +368,11 @@ class Claim(NamedTuple):
 
 
 def seeds(quick):
-    return SEEDS[:2] if quick else SEEDS
+    return range(2 if quick else 5)
 
 
 def on_random_data(measure):
-    """measure(X, y, width, seed, ...) on random points, by their number and dimension."""
+    """measure(X, y, width, seed, ...) as a function of n and d, for a grid of random points."""
 
     def measured(n, d, width, seed, **options):
         return measure(*random_unit_data(n, d, seed), width, seed, **options)
@@ -360,66 +391,41 @@ def starting_jacobian(X, y, width, seed, **options):
     return sublin.SparseJacobian(X, run.signs_, *run.active_sets()), run.shift_
 
 
-def bounded(claim, where, ratio, ratios, comment):
+def bounded(claim, source, ratio, ratios, comment):
     """A claim that a ratio, of what was measured to what the paper allows, is never above 1."""
-    return Claim(claim, where, f"{ratio} at most 1", spread(ratios), max(ratios) <= 1, comment)
+    return Claim(claim, source, f"{ratio} at most 1", spread(ratios), max(ratios) <= 1, comment)
 
 
-def rated(claim, where, predicts, exponents, most, comment, least=-np.inf):
+def rated(claim, source, predicts, exponents, most, comment, at_least=-np.inf):
     """A claim about the exponent of a growth in m, the median over seeds."""
-    holds = bool(least <= np.median(exponents) <= most)
-    return Claim(claim, where, predicts, f"exponent {spread(exponents)}", holds, comment)
+    holds = bool(at_least <= np.median(exponents) <= most)
+    return Claim(claim, source, predicts, f"exponent {spread(exponents)}", holds, comment)
 
 
 # ---- Experiment: how a step scales with the width, and beside plain NumPy ------------------------
 
 
-class Cell(NamedTuple):
-    """A size at which methods take turns; "numpy" among them is time_plain_numpy."""
-
-    n: int
-    d: int
-    width: int
-    methods: tuple
-    runs: int
-
-
 def scaling_cells(quick):
-    """All widths at one n and d, and two larger n. Small cells, which vary most, get more runs."""
+    """Sizes, methods that take turns there ("numpy" is time_plain_numpy), and how many runs: all
+    widths at one n and d, and two larger n. Small sizes, which vary most, get more runs."""
     n, d, widest_for_all = (16, 16, 1 << 13) if quick else (64, 32, 1 << 20)
     cells = []
     for width in powers(10, 14, 1) if quick else powers(11, 22, 1):
-        methods = tuple(METHODS) if width <= widest_for_all else ("lazy",)
+        methods = list(METHODS) if width <= widest_for_all else ["lazy"]
+        methods += ["numpy"] if width == widest_for_all else []
         runs = 2 if quick else 7 if width <= 1 << 16 else 5 if width <= 1 << 18 else 3
-        if width == widest_for_all:
-            methods += ("numpy",)
-        cells.append(Cell(n, d, width, methods, runs))
-    if not quick:
-        cells.append(Cell(256, 64, 1 << 20, ("lazy", "dense", "numpy"), 3))
-        cells.append(Cell(1024, 64, 1 << 18, ("lazy", "dense", "numpy"), 3))
+        cells.append(({"n": n, "d": d, "width": width}, methods, runs))
+    for n, d, width in () if quick else ((256, 64, 1 << 20), (1024, 64, 1 << 18)):
+        cells.append(({"n": n, "d": d, "width": width}, ["lazy", "dense", "numpy"], 3))
     return cells
 
 
-def check_agreement(X, y, width):
-    """Refuses to time methods that do not take the steps of dense Gauss-Newton in float64."""
-    residuals = {}
-    for name, method in METHODS.items():
-        options = {**method.options, "dtype": "float64", "tol": 0.0, "max_iter": STEPS}
-        history = train(X, y, width, **options).history_
-        residuals[name] = np.array([record["residual"] for record in history])
-    expected = residuals["dense"]
-    for name, found in residuals.items():
-        if METHODS[name].solver == "cholesky":
-            close = np.isclose(found, expected, rtol=1e-6, atol=1e-9)
-        else:  # the sketched solver stops early on purpose, at a tolerance of its own
-            close = found <= 2.0 * expected + 1e-3
-        if not close.all():
-            raise SystemExit(f"{name} and dense disagree at width {width}: {found} and {expected}")
-
-
 def time_plain_numpy(X, y, width):
-    """The second of two steps of sublin.reference in float32, and its first product alone, as two
-    samples: in a loop of steps, large arrays are in memory that was used before."""
+    """A step of sublin.reference in float32, and its first product alone, as two samples.
+
+    The second of two steps is timed, because in a loop of steps large arrays lie in memory that was
+    used before; and so they do for the product.
+    """
     start = train(X, y, width, search="dense", dtype="float32", max_iter=0)
     X, y, W, signs = (np.float32(array) for array in (X, y, start.weights(), start.signs_))
     for _ in range(2):
@@ -428,39 +434,38 @@ def time_plain_numpy(X, y, width):
         step = time.perf_counter() - begin
     products = X @ W.T
     begin = time.perf_counter()
-    np.matmul(X, W.T, out=products)  # in memory that is used again: the least it can take
+    np.matmul(X, W.T, out=products)
     seconds = {"numpy": step, "product": time.perf_counter() - begin}
     return [{"method": name, "step": 1, "seconds": found} for name, found in seconds.items()]
 
 
-def run_cell(cell, method):
-    """The samples of one run."""
-    X, y = random_unit_data(cell.n, cell.d)
+def step_samples(n, d, width, method):
+    """The samples of one run, a sample for each step."""
+    X, y = random_unit_data(n, d)
     if method == "numpy":
-        return time_plain_numpy(X, y, cell.width)
-    trainer = train(X, y, cell.width, **METHODS[method].options)
+        return time_plain_numpy(X, y, width)
+    trainer = train(X, y, width, **METHODS[method].options)
     if method == "lazy" and not trainer.converged_:
-        raise SystemExit(f"lazy stopped at a residual of {trainer.residual_} at {cell}")
+        raise SystemExit(
+            f"lazy stopped at a residual of {trainer.residual_} at n = {n}, m = {width}"
+        )
     return [{"method": method, **sample} for sample in record_steps(trainer)]
 
 
 def measure_scaling(quick):
-    """Turns run through all cells, so that the runs of one are minutes apart: what else the machine
-    does for some seconds spoils one of them, and not the median."""
+    """Every turn runs through all cells, so that the runs of one are minutes apart: what else the
+    machine does for some seconds spoils one of them, and not the median."""
     cells = scaling_cells(quick)
-    for cell in cells[2:4]:
-        check_agreement(*random_unit_data(cell.n, cell.d), cell.width)
-    most = max(cell.runs for cell in cells)
-    turns = [(0, cell) for cell in cells if cell.runs == most]  # turn 0 is thrown away: it compiles
+    most = max(runs for *_, runs in cells)
+    turns = [(0, *cell) for cell in cells if cell[-1] == most]  # thrown away: it compiles
     for turn in range(1, most + 1):
-        turns += [(turn, c) for c in cells if turn in np.linspace(1, most, c.runs).round()]
+        turns += [(turn, *cell) for cell in cells if turn in np.linspace(1, most, cell[-1]).round()]
     samples = []
-    for turn, cell in progress(turns, "steps"):
-        for method in cell.methods:
+    for turn, size, methods, _ in progress(turns, "steps"):
+        for method in methods:
             time.sleep(0.03)  # for so long the idle threads of BLAS spin on the cores
-            found = run_cell(cell, method)
-            size = {"n": cell.n, "d": cell.d, "width": cell.width, "run": turn}
-            samples += [{**size, **sample} for sample in found if turn > 0]
+            found = step_samples(**size, method=method)
+            samples += [{**size, "run": turn, **sample} for sample in found if turn > 0]
     return samples
 
 
@@ -470,19 +475,17 @@ def sweep(samples):
 
 
 def by_width(samples, method, key="seconds"):
-    """Widths at which a method ran, and its step_mean at each."""
+    """The step_mean of a method at each width, as a dict."""
     mine = where(sweep(samples), method=method)
-    widths = np.array(distinct(mine, "width"))
-    return widths, np.array([step_mean(where(mine, width=width), key) for width in widths])
+    return {m: step_mean(where(mine, width=m), key) for m in distinct(mine, "width")}
 
 
 def scaling_slope(samples, method, key):
-    """Exponent in m from 2^14 on, where what a step costs at any width hides it no more, up to the
+    """Exponent in m from 2^14 on, where what a step costs at any width no longer hides it, to the
     greatest width at which all methods ran."""
-    widths, values = by_width(samples, method, key)
-    last = max(by_width(samples, "dense")[0])
-    wide = (widths >= min(1 << 14, widths[-3])) & (widths <= last)
-    return slope(widths[wide], values[wide])
+    values, last = by_width(samples, method, key), max(by_width(samples, "dense"))
+    first = min(1 << 14, sorted(values)[-3])
+    return slope({width: v for width, v in values.items() if first <= width <= last})
 
 
 def draw_scaling(samples):
@@ -492,12 +495,13 @@ def draw_scaling(samples):
         for name, method in METHODS.items():
             if key == "operations" and name == "tree+sketch":
                 continue  # the counts are of search and update, which are those of tree
-            widths, values = by_width(samples, name, key)
+            found = by_width(samples, name, key)
+            widths, values = np.array(list(found)), unit * np.array(list(found.values()))
             label = f"{method.label}, slope {scaling_slope(samples, name, key):.2f}"
-            axis.plot(widths, unit * values, label=label, **method.look)
+            axis.plot(widths, values, label=label, **method.look)
             if name in ("dense", "tree"):  # a line beside those that it is to be compared with
                 power, dashes, away = (1.0, "--", 2.0) if name == "dense" else (POWER, ":", 0.5)
-                guide = away * unit * values[-1] * (widths / widths[-1]) ** power
+                guide = away * values[-1] * (widths / widths[-1]) ** power
                 axis.plot(widths, guide, color=GREY, linestyle=dashes, linewidth=2, zorder=1)
         axis.plot([], [], color=GREY, linestyle="--", label="slope 1")
         axis.plot([], [], color=GREY, linestyle=":", label="slope 0.76, the paper")
@@ -506,51 +510,15 @@ def draw_scaling(samples):
         below(axis)
     axes[0].set(ylabel="milliseconds a step", title="Time of a Gauss-Newton step")
     axes[1].set(ylabel="operations a step", title="Operations to find and move neurons")
-    n, d = samples[0]["n"], samples[0]["d"]
-    figure.suptitle(
-        f"n = {n} random unit points, d = {d}; slopes from m = $2^{{14}}$ on", fontsize=13
-    )
+    size = f"n = {samples[0]['n']} random unit points, d = {samples[0]['d']}"
+    figure.suptitle(f"{size}; slopes from m = $2^{{14}}$ on", fontsize=13)
     return figure
-
-
-def draw_phases(samples):
-    """Where a step's time goes: shares by phase, with the total above each bar."""
-    figure, axes = panels(len(METHODS), height=4.8, sharey=True)
-    for axis, (name, method) in zip(axes, METHODS.items(), strict=True):
-        chosen = by_width(samples, "dense")[0][1::2]
-        places = np.arange(len(chosen))
-        found = [dict(zip(*by_width(samples, name, phase), strict=True)) for phase in PHASES]
-        parts = np.array([[by_phase[width] for by_phase in found] for width in chosen])
-        totals = parts.sum(axis=1)
-        bottom = np.zeros(len(chosen))
-        for part, (label, colour) in zip((parts / totals[:, None]).T, PHASES.values(), strict=True):
-            axis.bar(places, 100 * part, bottom=bottom, color=colour, label=label, width=0.85)
-            bottom += 100 * part
-        for place, total in zip(places, 1e3 * totals, strict=True):
-            text = f"{total:.0f}" if total >= 10 else f"{total:.1f}"
-            axis.text(place, 102, text, ha="center", fontsize=11.5)
-        axis.set_xticks(places, [power_label(width) for width in chosen])
-        axis.set_xlabel("width m")
-        axis.set_title(method.label, pad=20)
-        axis.grid(False)
-    axes[0].set_ylabel("share of a step's time (%)\nabove the bars: milliseconds")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
-    return figure
-
-
-def steps_of_lazy(samples):
-    """Those of a run of lazy at the greatest width."""
-    mine = where(sweep(samples), method="lazy")
-    widest = where(mine, width=max(distinct(mine, "width")))
-    return where(widest, run=widest[0]["run"])
 
 
 def draw_work(samples):
-    """Neurons whose products each step reads, at the greatest width at which all searches ran. The
-    axis is logarithmic, but has a place for zero."""
+    """Neurons whose products each step reads, at the greatest width at which all searches ran."""
     figure, axis = panels(width=9.0, height=5.6)
-    runs = where(sweep(samples), run=1, width=max(by_width(samples, "tree")[0]))
+    runs = where(sweep(samples), run=1, width=max(by_width(samples, "tree")))
     for name in ("dense", "scan", "tree", "lazy"):
         first, *steps = where(runs, method=name)
         places, read = ([sample[key] for sample in steps] for key in ("step", "looked_at"))
@@ -571,28 +539,30 @@ def compared_table(samples):
     """A step of each method that pays m n d, over that of lazy, wherever plain NumPy ran."""
     rows = [["random unit data", "a step of lazy", "dense", "plain NumPy", "its product `X @ W.T`"]]
     for cell in where(samples, method="numpy", run=1):
-        size = {key: cell[key] for key in ("n", "d", "width")}
-        means = {
-            name: step_mean(where(samples, method=name, **size))
-            for name in ("lazy", "dense", "numpy", "product")
-        }
-        ratios = [times(means[name] / means["lazy"]) for name in ("dense", "numpy", "product")]
-        text = f"n = {size['n']}, d = {size['d']}, m = {power_text(size['width'])}"
-        milliseconds = f"{1e3 * means['lazy']:.{0 if means['lazy'] >= 1e-2 else 1}f} ms"
-        rows.append([text, milliseconds, *ratios])
+        there = where(samples, n=cell["n"], width=cell["width"])
+        lazy, *others = (
+            step_mean(where(there, method=name)) for name in ("lazy", "dense", "numpy", "product")
+        )
+        size = f"n = {cell['n']}, d = {cell['d']}, m = {power_text(cell['width'])}"
+        milliseconds = f"{1e3 * lazy:.{0 if lazy >= 1e-2 else 1}f} ms"
+        rows.append([size, milliseconds, *(times(other / lazy) for other in others)])
     return markdown_table(rows)
 
 
 def number_scaling(samples):
-    seconds = {name: dict(zip(*by_width(samples, name), strict=True)) for name in METHODS}
-    lazy, dense, tree = seconds["lazy"], seconds["dense"], seconds["tree"]
-    widest, narrow = max(dense), sorted(dense)[:2]
-    first, *steps = steps_of_lazy(samples)
-    looked_at = [percent(sample["looked_at"] / first["live"]) for sample in steps[:3]]
+    lazy, dense, tree, sketched = (
+        by_width(samples, name) for name in ("lazy", "dense", "tree", "tree+sketch")
+    )
+    widest = max(dense)  # at which all methods ran
     runs = where(sweep(samples), method="lazy", width=max(lazy))
-    third, one = (np.median([s["seconds"] for s in where(runs, step=k)]) for k in (3, 1))
-    product = where(samples, method="product", n=max(distinct(samples, "n")))
-    most_points = where(samples, method="lazy", n=product[0]["n"])
+    steps = where(runs, run=runs[0]["run"])[1:]
+    reads = [percent(sample["looked_at"] / sample["live"]) for sample in steps[:3]]
+    first, third = (np.median([s["seconds"] for s in where(runs, step=k)]) for k in (1, 3))
+    most_points = where(samples, n=max(distinct(samples, "n")))
+    loses = [
+        f"{times(lazy[width] / dense[width])} as long as dense at m = {power_text(width)}"
+        for width in sorted(dense)[:2]
+    ]
     return {
         "compared": f"\n\n{compared_table(samples)}\n\n",
         **{
@@ -601,15 +571,14 @@ def number_scaling(samples):
             for key in ("seconds", "operations")
         },
         "tree": times(dense[widest] / tree[widest]),
-        "tree + sketch": times(dense[widest] / seconds["tree+sketch"][widest]),
-        "looked at": f"{looked_at[0]} of the live neurons, the second {looked_at[1]}, the third "
-        f"{looked_at[2]}",
-        "third step": f"{percent(third / one)} of the time of the first",
-        "narrow": " and ".join(
-            f"{times(lazy[width] / dense[width])} as long as dense at m = {power_text(width)}"
-            for width in narrow
+        "tree + sketch": times(dense[widest] / sketched[widest]),
+        "looked at": "{} of the live neurons, the second {}, the third {}".format(*reads),
+        "third step": f"{percent(third / first)} of the time of the first",
+        "narrow": " and ".join(loses),
+        "many points": percent(
+            step_mean(where(most_points, method="lazy"))
+            / step_mean(where(most_points, method="product"))
         ),
-        "many points": percent(step_mean(most_points) / step_mean(product)),
     }
 
 
@@ -621,23 +590,11 @@ RACED = {  # (n, d): greatest exponent of the width for lazy, and for the others
     (16, 16): (36, 22),
     (64, 32): (30, 20),
 }
+RACERS = {name: METHODS[name] for name in ("lazy", "tree", "dense")}
+RACERS["numpy"] = Method("plain NumPy", "", "", GREEN, "v")
 
 # Widest networks: n, d, exponent of the width.
 LARGEST = ((8, 16, 36), (16, 64, 34), (16, 16, 36), (8, 16, 40), (4, 96, 40), (4, 96, 43.25))
-
-RECORD = """
-import json, time
-import bench
-X, y = bench.random_unit_data({n}, {d})
-bench.train(X, y, 1 << 16, tol=bench.WHOLE)  # compiles
-begin = time.perf_counter()
-net = bench.train(X, y, {width}, tol=1e-9)
-seconds = time.perf_counter() - begin
-peak = bench.peak_memory()
-near = net._search.live.size / net.n_live_
-print(json.dumps(dict(seconds=seconds, drawing=net.init_seconds_, gib=peak, live=net.n_live_,
-                      near=near, residual=net.residual_)))
-"""
 
 
 def fit_in_numpy(X, y, width):
@@ -654,37 +611,8 @@ def fit_in_numpy(X, y, width):
         W = W_next
 
 
-def measure_total(quick):
-    """Seconds of whole fits, methods in turns; then the widest networks, in processes of their own,
-    where their peak memory is known (Linux)."""
-    runs, samples = 1 if quick else 3, []
-    cases = [
-        (n, d, 1 << k, method)
-        for (n, d), (greatest, others) in RACED.items()
-        for k in range(12, (min(greatest, 20) if quick else greatest) + 1, 2)
-        for method in ("lazy", "tree", "dense", "numpy")
-        if method == "lazy" or k <= (14 if quick else others)
-    ]
-    for n, d in RACED:  # compiles
-        for method in ("lazy", "tree", "dense", "numpy"):
-            whole_fit(*random_unit_data(n, d), 1 << 12, method)
-    for run in range(runs):
-        for n, d, width, method in progress(cases, "whole fits"):
-            if run == 0 or width <= 1 << 30:
-                sample = whole_fit(*random_unit_data(n, d), width, method)
-                size = {"n": n, "d": d, "width": width, "method": method, "run": run}
-                samples.append({"part": "fits", **size, **sample})
-    for n, d, k in progress(LARGEST[:1] if quick else LARGEST, "widest networks"):
-        if os.path.exists("/proc/self/status"):
-            width = 2 * int(2 ** ((24 if quick else k) - 1))
-            size = {"n": n, "d": d, "width": width}
-            samples.append(
-                {"part": "largest", **size, **json.loads(output_of(RECORD.format(**size)))}
-            )
-    return samples
-
-
-def whole_fit(X, y, width, method):
+def whole_fit(n, d, width, method):
+    X, y = random_unit_data(n, d)
     begin, live = time.perf_counter(), None
     if method == "numpy":
         fit_in_numpy(X, y, width)
@@ -694,33 +622,66 @@ def whole_fit(X, y, width, method):
     return {"seconds": time.perf_counter() - begin, "live": live}
 
 
-def whole_seconds(samples, n, method):
-    """Widths, and the median seconds of a whole fit at each."""
-    mine = where(samples, part="fits", n=n, method=method)
-    return medians(mine, "width", "seconds")[:2]
+def widest_fit(n, d, width):
+    """A fit of lazy, after one that compiles."""
+    X, y = random_unit_data(n, d)
+    train(X, y, 1 << 16, tol=WHOLE)
+    begin = time.perf_counter()
+    net = train(X, y, width)
+    seconds, gib = time.perf_counter() - begin, peak_memory()
+    near = net._search.live.size / net.n_live_
+    found = {"seconds": seconds, "drawing": net.init_seconds_, "gib": gib, "live": net.n_live_}
+    return {**found, "near": near, "residual": net.residual_}
 
 
-def total_slope(samples, n, method, key="seconds"):
+def measure_total(quick):
+    """Seconds of whole fits, methods in turns; then the widest networks, in processes of their own,
+    where their peak memory is known (Linux)."""
+    cases = [
+        {"n": n, "d": d, "width": 1 << k, "method": method}
+        for (n, d), (greatest, others) in RACED.items()
+        for k in range(12, (min(greatest, 20) if quick else greatest) + 1, 2)
+        for method in RACERS
+        if method == "lazy" or k <= (14 if quick else others)
+    ]
+    for case in cases:
+        if case["width"] == 1 << 12:
+            whole_fit(**case)  # compiles
+    samples = []
+    for run in range(1 if quick else 3):
+        for case in progress(cases, "whole fits"):
+            if run == 0 or case["width"] <= 1 << 30:
+                samples.append({"part": "fits", **case, "run": run, **whole_fit(**case)})
+    for n, d, k in progress(LARGEST[:1] if quick else LARGEST, "widest networks"):
+        size = {"n": n, "d": d, "width": 2 * int(2 ** ((24 if quick else k) - 1))}
+        if IN_LINUX:
+            samples.append({"part": "largest", **size, **apart(f"widest_fit(**{size})")})
+    return samples
+
+
+def whole_medians(fits, n, method, key="seconds"):
+    """The median over runs of what a whole fit takes at each width, as a dict."""
+    mine = where(fits, n=n, method=method)
+    return dict(zip(*medians(mine, "width", key)[:2], strict=True))
+
+
+def total_slope(fits, n, method, key="seconds"):
     """Exponent of a lazy fit from m = 2^24 on, of the others over their last three widths."""
-    mine = where(samples, part="fits", n=n, method=method)
-    widths, values, *_ = medians(mine, "width", key)
-    wide = widths >= (min(1 << 24, widths[-2]) if method == "lazy" else widths[-3:][0])
-    return slope(widths[wide], values[wide])
-
-
-TOTAL_LABELS = {"lazy": "lazy", "tree": "tree", "dense": "dense", "numpy": "plain NumPy"}
+    values = whole_medians(fits, n, method, key)
+    first = min(1 << 24, list(values)[-2]) if method == "lazy" else list(values)[-3:][0]
+    return slope({width: v for width, v in values.items() if width >= first})
 
 
 def draw_total(samples):
     """Seconds of a whole fit against width."""
     figure, axes = panels(2, height=6.2, sharey=True)
-    for axis, n in zip(axes, distinct(where(samples, part="fits"), "n"), strict=True):
-        for name, label in TOTAL_LABELS.items():
-            widths, seconds = whole_seconds(samples, n, name)
-            look = METHODS[name].look if name in METHODS else {"color": GREEN, "marker": "v"}
-            text = f"{label}, slope {total_slope(samples, n, name):.2f}"
-            axis.plot(widths, seconds, label=text, **{"linewidth": 2, "markersize": 8, **look})
-        mine = where(samples, part="fits", n=n, method="lazy")
+    (fits,) = parts(samples, "fits")
+    for axis, n in zip(axes, distinct(fits, "n"), strict=True):
+        for name, method in RACERS.items():
+            label = f"{method.label}, slope {total_slope(fits, n, name):.2f}"
+            seconds = whole_medians(fits, n, name)
+            axis.plot(list(seconds), list(seconds.values()), label=label, **method.look)
+        mine = where(fits, n=n, method="lazy")
         width_axis(axis, distinct(mine, "width"))
         axis.set_yscale("log")
         d = mine[0]["d"]
@@ -733,9 +694,9 @@ def draw_total(samples):
 
 
 def judge_total(samples):
-    n = distinct(where(samples, part="fits"), "n")[0]
-    exponent = total_slope(samples, n, "lazy")
-    live = total_slope(samples, n, "lazy", "live")
+    (fits,) = parts(samples, "fits")
+    n = fits[0]["n"]
+    exponent, live = (total_slope(fits, n, "lazy", key) for key in ("seconds", "live"))
     yield Claim(
         "not only steps: the whole fit takes time that grows no faster than m^0.76",
         "beyond Remark 1.2",
@@ -748,27 +709,22 @@ def judge_total(samples):
 
 def number_total(samples):
     rows = [["n, d, m", "parameters m d", "live neurons", "near b", "drawing", "whole fit", "peak"]]
-    for s in where(samples, part="largest"):
-        mantissa, exponent = f"{s['width'] * s['d']:.1e}".split("e+")
-        live, of_live = f"{s['live']:.1e}".split("e+")
-        sizes = f"{s['n']}, {s['d']}, {power_text(s['width'])}", f"{mantissa} × 10^{int(exponent)}"
-        shares = f"{live} × 10^{int(of_live)}", percent(s["near"])
+    fits, largest = parts(samples, "fits", "largest")
+    for s in largest:
+        size = f"{s['n']}, {s['d']}, {power_text(s['width'])}"
+        counts = scientific(s["width"] * s["d"]), scientific(s["live"]), percent(s["near"])
         costs = f"{s['drawing']:.1f} s", f"{s['seconds']:.1f} s", f"{s['gib']:.1f} GiB"
-        rows.append([*sizes, *shares, *costs])
+        rows.append([size, *counts, *costs])
     numbers = {"largest": f"\n\n{markdown_table(rows)}\n\n"}
-    for n in distinct(where(samples, part="fits"), "n"):
-        seconds = {
-            name: dict(zip(*whole_seconds(samples, n, name), strict=True)) for name in TOTAL_LABELS
-        }
-        widest = max(set(seconds["lazy"]) & set(seconds["numpy"]) & {1 << 20, 1 << 14})
+    for n in distinct(fits, "n"):
+        seconds = {name: whole_medians(fits, n, name) for name in RACERS}
+        widest = max({1 << 14, 1 << 20} & set(seconds["numpy"]))
         for name in ("numpy", "dense"):
-            ratio = seconds[name][widest] / seconds["lazy"][widest]
-            numbers[f"{name} whole {n}"] = times(ratio)
-        numbers[f"total slope {n}"] = f"{total_slope(samples, n, 'lazy'):.2f}"
-    greatest = max(where(samples, part="largest"), key=lambda s: s["width"] * s["d"], default=None)
-    if greatest:
-        text = f"{greatest['width'] * greatest['d']:.1e} parameters in {greatest['seconds']:.0f} s"
-        numbers["greatest"] = text.replace("e+", " × 10^")
+            numbers[f"{name} whole {n}"] = times(seconds[name][widest] / seconds["lazy"][widest])
+        numbers[f"total slope {n}"] = f"{total_slope(fits, n, 'lazy'):.2f}"
+    for s in largest[-1:]:
+        parameters = scientific(s["width"] * s["d"])
+        numbers["greatest"] = f"{parameters} parameters in {s['seconds']:.0f} s"
     return numbers
 
 
@@ -784,32 +740,12 @@ sublin.SublinearTrainer(1024, shift=1.0, random_state=0).fit(X, y)
 print(time.perf_counter() - begin)
 """
 
-PEAK_MEMORY = """
-import bench
-if {width}:
-    assert bench.train(*bench.random_unit_data(64, 32), {width}).converged_
-print(bench.peak_memory())
-"""
 
-
-def peak_memory():
-    """Of this process, in GiB (Linux). VmHWM, since getrusage counts the parent's memory too, which
-    a child shares until it runs its own program."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
-
-
-def printed_by(code, **environment):
-    """The number that a new process prints."""
-    return float(output_of(code, **environment))
-
-
-def output_of(code, *start, **environment):
-    """What a new process prints, or several that a command `start` starts."""
-    run = [*start, sys.executable, "-W", "ignore", "-c", code]
-    environment = {**os.environ, **environment}
-    options = {"cwd": HERE, "env": environment, "capture_output": True, "text": True}
-    return subprocess.run(run, check=True, **options).stdout
+def peak_of_training(width):
+    """Of a process that trains a network, or only imports what this file does, in GiB."""
+    if width:
+        assert train(*random_unit_data(64, 32), width).converged_
+    return peak_memory()
 
 
 def measure_setup(quick):
@@ -819,27 +755,27 @@ def measure_setup(quick):
         for process in ("first", "next"):
             seconds = printed_by(FIRST_FIT, NUMBA_CACHE_DIR=cache)
             samples.append({"part": "fit", "process": process, "seconds": seconds})
-    width = 1 << (14 if quick else 24)
-    for trained in (0, width) if os.path.exists("/proc/self/status") else ():
-        gib = printed_by(PEAK_MEMORY.format(width=trained))
-        samples.append({"part": "memory", "width": trained, "gib": gib})
+    for width in (0, 1 << (14 if quick else 24)) if IN_LINUX else ():
+        gib = apart(f"peak_of_training({width})")
+        samples.append({"part": "memory", "width": width, "gib": gib})
     return samples
 
 
 def number_setup(samples):
-    first, later = (sample["seconds"] for sample in where(samples, part="fit"))
-    memory = where(samples, part="memory")
-    peak = f"{memory[1]['gib']:.2f} GiB" if memory else "an unknown peak"
+    fits, memory = parts(samples, "fit", "memory")
+    first, later = (sample["seconds"] for sample in fits)
+    imports, trained = (f"{s['gib']:.2f} GiB" for s in memory) if memory else ["not known"] * 2
+    peak = f"{trained}, of which {imports} are imports"
     return {"first fit": f"{first:.0f} s", "later fit": f"{later:.1f} s", "memory": peak}
 
 
 # ---- Experiment: peers ---------------------------------------------------------------------------
 
-TARGETS = (1e-3, 1e-6)  # relative residuals
+TARGETS = (1e-3, 1e-6)  # relative residuals, the time to which is compared
 
 
 class Problem(NamedTuple):
-    """Data for every peer: as the trainer takes them, and as what it trains on."""
+    """Data for every peer: as the trainer takes them, and scaled, with the starting network."""
 
     X: np.ndarray
     y: np.ndarray
@@ -887,9 +823,10 @@ class Curve:
             raise Enough
 
 
-# A peer is a function of the problem and of what is tuned. It returns two more: train(log), which
-# calls log with the relative residual whenever the method itself has computed it, so that nothing
-# is computed for the curve alone; and predict(), outputs at the held-out rows in the units of y.
+# A peer, another way to train the same network, is a function of the problem and of what is tuned.
+# It returns two more: train(log), which calls log with the relative residual whenever the method
+# itself has computed it, so that nothing is computed for the curve alone; and predict(), outputs at
+# the held-out rows in the units of y.
 
 
 def sublin_peer(search, problem):
@@ -997,23 +934,36 @@ def torch_lbfgs(problem, step_size, line_search):
     return torch_peer(problem, make)
 
 
+class KernelRegression:
+    """Kernel ridge regression with the limit of the Gram matrix, a network of infinite width, on
+    the scaled data and at the threshold of a trainer. `ridge` is in units of the mean of the
+    kernel's diagonal."""
+
+    def __init__(self, trainer, ridge=0.0):
+        self.trainer = trainer
+        kernel = sublin.shifted_ntk(trainer._X, trainer.shift_)
+        system = kernel + ridge * np.diag(kernel).mean() * np.eye(len(kernel)) if ridge else kernel
+        self.dual = scipy.linalg.solve(system, trainer._y, assume_a="pos")
+        errors = system @ self.dual - trainer._y
+        self.residual = np.linalg.norm(errors) / np.linalg.norm(trainer._y)
+
+    def predict(self, X):
+        rows, n = self.trainer._X, len(self.trainer._X)
+        both = np.concatenate([rows, self.trainer._scales.unit_rows(X)])
+        kernel = sublin.shifted_ntk(both, self.trainer.shift_)[n:, :n]
+        return self.trainer._scales.outputs(kernel @ self.dual)
+
+
 def kernel_peer(problem):
-    """Kernel regression with the limit of the Gram matrix: a network of infinite width."""
-    X, y, _, _ = problem.arrays(float)
-    shift = problem.trainer.shift_
-    dual = None
+    """Kernel regression: not training, but what it tends to."""
+    model = None
 
     def train(log):
-        nonlocal dual
-        kernel = sublin.shifted_ntk(X, shift)
-        dual = scipy.linalg.solve(kernel, y, assume_a="pos")
-        log(np.linalg.norm(kernel @ dual - y) / np.linalg.norm(y))
+        nonlocal model
+        model = KernelRegression(problem.trainer)
+        log(model.residual)
 
-    def predict():
-        both = sublin.shifted_ntk(np.concatenate([X, problem.held_out_rows()]), shift)
-        return problem.unscaled(both[len(X) :, : len(X)] @ dual)
-
-    return train, predict
+    return train, lambda: model.predict(problem.held_out_X)
 
 
 class Peer(NamedTuple):
@@ -1041,22 +991,6 @@ PEERS = {
     "sklearn": Peer("MLPRegressor, Adam (float32) ¹", sklearn_peer, RATES, BLUE, ""),
     "kernel": Peer("kernel regression, infinite width", kernel_peer, ({},), GREY, ""),
 }
-PEERS_NOTE = "¹ its own ReLU without threshold, its own starting weights, both layers trained"
-
-
-def keep_freed_memory():
-    """Has glibc use again what was freed, rather than give it back and pay for new pages in every
-    step, which costs methods with large arrays most."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
-def present_peers():
-    """All of them, without those in PyTorch where it is not installed."""
-    torch = importlib.util.find_spec("torch") is not None
-    return {name: peer for name, peer in PEERS.items() if torch or not name.startswith("torch")}
 
 
 def run_peer(peer, problem, options, cap):
@@ -1079,11 +1013,9 @@ def time_to(target, run):
 
 
 def tune(peer, problem, cap):
-    """A short run for each entry of the grid, which is the warm-up as well, and the options that
-    get to the last target first, or to the one before, or closest.
-
-    No run goes on for longer than another took to the last target.
-    """
+    """A short run for each entry of the grid, none longer than another took to the last target; and
+    the options that get there first, or else to the target before, or else closest. It is the
+    warm-up as well."""
     runs = []
     for options in peer.grid:
         soonest = min((time_to(TARGETS[-1], run) for run in runs), default=cap)
@@ -1113,11 +1045,13 @@ def curve_samples(runs, most=60):
 
 
 def measure_case(case, problem, tuned_on, cap, tune_cap):
-    """Tunes and runs every peer, with a run of ours after each. Rates of Adam are tuned on a
-    problem that may be narrower, where its runs are short."""
+    """Tunes and runs every peer, with a run of ours after each, none for more than `cap` seconds.
+    Rates of Adam are tuned on a problem that may be narrower, where its runs are short."""
     runs, samples = {}, []
     size = {"case": case, "n": len(problem.X), "width": len(problem.W), "cap": cap}
-    for name, peer in progress(list(present_peers().items()), case):
+    for name, peer in progress(list(PEERS.items()), case):
+        if name.startswith("torch") and importlib.util.find_spec("torch") is None:
+            continue
         tried, options = tune(peer, tuned_on if peer.grid is RATES else problem, tune_cap)
         samples += [{"part": "tuning", **size, "peer": name, **run_sample(run)} for run in tried]
         runs[name] = []
@@ -1168,7 +1102,7 @@ def peer_result(samples, case, peer, target):
 
 def peers_table(samples):
     """Time of a peer over ours as a Markdown table."""
-    runs = where(samples, part="run")
+    (runs,) = parts(samples, "run")
     cases = distinct(runs, "case")
     goals = list(product(cases, TARGETS))
     columns = [f"{case}, to {target:.0e}" for case, target in goals]
@@ -1186,7 +1120,8 @@ def peers_table(samples):
         firsts = [where(runs, case=case, peer=peer)[0]["accuracy"] for case in cases]
         shown = [f"{100 * accuracy:.1f} %" for accuracy in firsts if accuracy is not None]
         rows.append([PEERS[peer].label, *(cell(peer, *goal) for goal in goals), *shown])
-    return markdown_table(rows) + f"\n\n{PEERS_NOTE}"
+    note = "¹ its own ReLU without threshold, its own starting weights, both layers trained"
+    return f"{markdown_table(rows)}\n\n{note}"
 
 
 def draw_peers(samples):
@@ -1197,32 +1132,29 @@ def draw_peers(samples):
         content = where(samples, part="curve", case=case)
         for name in distinct(content, "peer"):
             peer, curve = PEERS[name], where(content, peer=name)
-            seconds = [sample["seconds"] for sample in curve]
+            seconds, residuals = ([s[key] for s in curve] for key in ("seconds", "residual"))
             if name == "kernel":  # one solve, exact to rounding: a time, not a curve
                 axis.axvline(seconds[-1], color=peer.colour, linestyle="--", label=peer.label)
                 continue
             look = {"color": peer.colour, "marker": peer.marker, "linewidth": 2}
-            look |= {
-                "markersize": 13 if name == "ours" else 6,
-                "markevery": max(1, len(curve) // 12),
-            }
-            axis.plot(seconds, [sample["residual"] for sample in curve], label=peer.label, **look)
+            look["markersize"] = 13 if name == "ours" else 6
+            look["markevery"] = max(1, len(curve) // 12)
+            axis.plot(seconds, residuals, label=peer.label, **look)
         for target in TARGETS:
             axis.axhline(target, color=GREY, linestyle=":", linewidth=1.5, zorder=1)
         axis.set(xscale="log", yscale="log", xlabel="seconds")
         axis.set_title(f"{case}: n = {content[0]['n']}, m = {power_label(content[0]['width'])}")
     axes[0].set(ylim=(1e-7, 3.0), ylabel="relative residual |f − y| / |y|")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure.legend(handles, labels, ncols=2, loc="outside lower center")
     return figure
 
 
 def number_peers(samples):
-    cases = distinct(samples, "case")
-    kernel = [
-        peer_result(samples, case, "kernel", target)[1] for case in cases for target in TARGETS
-    ]
-    plain = [peer_result(samples, "digits", "numpy", target)[1] for target in TARGETS]
+    def ratios(peer, cases):
+        return [peer_result(samples, *goal)[1] for goal in product(cases, [peer], TARGETS)]
+
+    kernel, plain = ratios("kernel", distinct(samples, "case")), ratios("numpy", ["digits"])
     return {
         "peers": f"\n\n{peers_table(samples)}\n\n",
         "kernel": f"{percent(min(kernel))} to {percent(max(kernel))}",
@@ -1248,6 +1180,7 @@ def needed_width(X, shift):
 
 def measure_contraction(quick):
     def regime(n, d, seed):
+        """A run at the width that the theorem asks for, where that can be afforded."""
         X, y = random_unit_data(n, d, seed)
         width = int(np.ceil(needed_width(X, 0.0)))
         within = timed_run(X, y, width, seed, shift=0.0) if width <= 1 << 21 else {}
@@ -1269,11 +1202,9 @@ def measure_contraction(quick):
 
 
 def judge_contraction(samples):
-    regime, cells = (where(samples, part=part) for part in ("regime", "cells"))
+    regime, cells, needed = parts(samples, "regime", "cells", "needed")
     reached = [sample for sample in regime if "end" in sample]
-    needed = [
-        f"10^{np.log10(s['width']):.0f} at n = {s['n']}" for s in where(samples, part="needed")
-    ]
+    needed = [f"10^{np.log10(s['width']):.0f} at n = {s['n']}" for s in needed]
     yield Claim(
         "each step at least halves the residual, at the widths of the theorem",
         "Theorems 1.1, 4.1",
@@ -1284,56 +1215,17 @@ def judge_contraction(samples):
     )
     good = [sample for sample in cells if halves(sample)]
     others = ", ".join(f"{len(where(cells, end=end))} {end}" for end in ("stuck", "singular"))
+    widest_lost = dict(sorted((s["n"], s["width"]) for s in cells if not halves(s)))  # by n
+    places = ", ".join(f"n = {n} up to m = {power_text(m)}" for n, m in widest_lost.items())
     yield Claim(
         "each step at least halves the residual, at the widths measured",
         "Theorems 1.1, 4.1",
         "ratio at most 0.5 in every step of every run",
         f"true of {len(good)} of {len(cells)} runs; in the others some step does less, {others}",
         len(good) == len(cells),
-        f"in the {len(good)}, steps to 1e-9: {spread([sample['steps'] for sample in good])}",
+        f"the others: {places or 'none'}; in the {len(good)}, steps to 1e-9: "
+        f"{spread([sample['steps'] for sample in good])}",
     )
-
-
-def heat(axis, samples, value, text, title, framed=np.inf, **limits):
-    """A map over n and m of value(samples there), with a frame above a limit; None is left grey."""
-    counts, widths = sorted(distinct(samples, "n")), sorted(distinct(samples, "width"))
-    table = np.full((len(counts), len(widths)), np.nan)
-    for row, column in np.ndindex(*table.shape):
-        there = where(samples, n=counts[row], width=widths[column])
-        found = value(there) if there else None
-        table[row, column] = np.nan if found is None else found
-    axis.set_facecolor("#dddddd")
-    image = axis.imshow(table, origin="lower", aspect="auto", cmap="cividis", **limits)
-    for row, column in zip(*np.nonzero(np.isfinite(table)), strict=True):
-        shown = table[row, column]
-        colour = "white" if image.norm(shown) < 0.5 else "black"
-        axis.text(column, row, text(shown), ha="center", va="center", fontsize=12, color=colour)
-        if shown > framed:
-            frame = {"fill": False, "edgecolor": VERMILION, "linewidth": 3}
-            axis.add_patch(plt.Rectangle((column - 0.45, row - 0.45), 0.9, 0.9, **frame))
-    map_axes(axis, counts, widths, title)
-
-
-def draw_contraction(samples):
-    """Steps to 1e-9, and the worst ratio of successive residuals, over n and m."""
-
-    def steps(runs):
-        whole = len(where(runs, end="converged")) == len(runs)
-        return np.median([run["steps"] for run in runs]) if whole else None
-
-    def worst(runs):
-        return None if where(runs, end="singular") else max(run["worst"] for run in runs)
-
-    cells = where(samples, part="cells")
-    figure, (left, right) = panels(2, height=5.2)
-    heat(
-        left, cells, steps, "{:.3g}".format, "Steps to a residual of 1e-9, median", vmin=2, vmax=12
-    )
-    title, short = "Worst ratio of successive residuals", lambda x: f"{x:.2f}" if x < 10 else ">10"
-    heat(right, cells, worst, short, title, framed=0.5, vmin=0, vmax=1)
-    text = f"random unit points, d = 32, default b, {len(distinct(cells, 'seed'))} seeds"
-    figure.suptitle(f"{text}; framed: above 0.5; grey: not measured, or not solved", fontsize=13)
-    return figure
 
 
 # ---- Experiment: how costs grow with the width ---------------------------------------------------
@@ -1341,8 +1233,7 @@ def draw_contraction(samples):
 
 def measure_costs(quick):
     def cost(n, d, width, seed, method):
-        X, y = random_unit_data(n, d, seed)
-        return timed_run(X, y, width, seed, **METHODS[method].options)
+        return timed_run(*random_unit_data(n, d, seed), width, seed, **METHODS[method].options)
 
     cost(32, 32, 1 << 12, 0, "tree")  # compiles
     sizes = {"n": [32], "d": [32], "width": powers(10, 14) if quick else powers(12, 20)}
@@ -1350,24 +1241,25 @@ def measure_costs(quick):
 
 
 def judge_costs(samples):
-    middle, widest = sorted(distinct(samples, "width"))[1], max(distinct(samples, "width"))
-    for method in ("tree", "lazy"):
+    widths = sorted(distinct(samples, "width"))
+    sizes = f"n = d = 32, from m = {power_text(widths[1])} on"
+    for method in distinct(samples, "method"):
         mine = where(samples, method=method)
         yield rated(
             f"operations of a step grow like m^0.76 log m, {method}",
             "Theorems 5.1, F.1",
             "exponent at most 0.76 once they are divided by log m",
-            slopes(mine, lambda sample: sample["operations"] / np.log(sample["width"]), middle),
+            slopes(mine, lambda s: s["operations"] / np.log(s["width"]), widths[1]),
             POWER,
-            f"search and update, n = d = 32, from m = {power_text(middle)} on",
+            f"search and update, {sizes}",
         )
         yield rated(
             f"seconds of a step grow no faster, {method}",
             "Theorems 5.1, F.1",
             "exponent at most 0.76 + 1 / log m",
-            slopes(mine, lambda sample: sample["seconds"], middle),
-            POWER + 1 / np.log(widest),
-            f"n = d = 32, from m = {power_text(middle)} on",
+            slopes(mine, lambda s: s["seconds"], widths[1]),
+            POWER + 1 / np.log(widths[-1]),
+            sizes,
         )
 
 
@@ -1394,62 +1286,62 @@ def measure_sparsity(quick):
 
 
 def judge_sparsity(samples):
-    counts = where(samples, part="counts")
+    counts, unions = parts(samples, "counts", "unions")
     default = where(counts, alpha=0.04)
     exact = [s["mean"] / (s["width"] * normal_tail(s["shift"])) for s in default]
     yield bounded(
         "at most 2 m^0.76 neurons are active on a point",
         "Corollary A.11",
         "max |Q_i| / (2 m^0.76)",
-        [sample["largest"] / (2 * sample["width"] ** POWER) for sample in default],
+        [s["largest"] / (2 * s["width"] ** POWER) for s in default],
         f"the exact mean is m P(Z >= b): measured / exact {spread(exact)}",
     )
-    exponents, constants = {}, []
-    for alpha in distinct(counts, "alpha"):
-        mine = where(counts, alpha=alpha)
-        exponents[alpha] = np.median(slopes(mine, lambda sample: sample["mean"]))
-        constants += [sample["largest"] / sample["width"] ** ((3 + alpha) / 4) for sample in mine]
+    exponents = {
+        alpha: np.median(slopes(where(counts, alpha=alpha), lambda s: s["mean"]))
+        for alpha in distinct(counts, "alpha")
+    }
     claim = bounded(
         "|Q_i| = O(m^((3 + alpha) / 4))",
         "Lemma A.10, Theorem G.2",
         "exponents of the mean |Q_i| at most (3 + alpha) / 4, and max |Q_i| / m^((3 + alpha) / 4)",
-        constants,
+        [s["largest"] / s["width"] ** ((3 + s["alpha"]) / 4) for s in counts],
         "exponents of the mean: "
         + ", ".join(f"{power:.3f} at alpha {alpha}" for alpha, power in exponents.items()),
     )
     fits = all(exponent <= (3 + alpha) / 4 for alpha, exponent in exponents.items())
     yield claim._replace(holds=claim.holds and fits)
-    unions = where(samples, part="unions")
     yield bounded(
         "|K| is at most the sum of |Q_i|",
         "Section 3, Algorithm 5 line 38",
         "|K| / sum of |Q_i|",
-        [sample["union"] / sample["sum"] for sample in unions],
+        [s["union"] / s["sum"] for s in unions],
         "points share neurons, the more the more points there are",
     )
     few = [s["union"] / (s["width"] / 2) for s in unions if s["n"] <= s["width"] ** (1 - POWER)]
-    widest = where(unions, width=max(distinct(unions, "width")))
-    shares = [f"{s['union'] / s['width']:.2f} at n = {s['n']}" for s in where(widest, seed=0)]
+    widest = max(distinct(unions, "width"))
+    shares = [
+        f"{s['union'] / s['width']:.2f} at n = {s['n']}"
+        for s in where(unions, width=widest, seed=0)
+    ]
     yield bounded(
         "a step changes |K| = O(n m^0.76) neurons, sublinear in m",
         "Algorithm 5 line 39, Lemma F.4",
         "|K| / (n m^0.76), and |K| / (m / 2) for n up to m^0.24,",
-        [*(sample["union"] / (sample["n"] * sample["width"] ** POWER) for sample in unions), *few],
-        f"share of m at m = {power_text(widest[0]['width'])}: {', '.join(shares)}",
+        [*(s["union"] / (s["n"] * s["width"] ** POWER) for s in unions), *few],
+        f"share of m at m = {power_text(widest)}: {', '.join(shares)}",
     )
 
 
 def draw_sparsity(samples):
     """Active neurons of a point against width, and the share of all neurons that a step moves."""
     figure, (left, right) = panels(2, height=5.8)
-    counts = where(samples, part="counts")
+    counts, unions = parts(samples, "counts", "unions")
     widths = np.array(sorted(distinct(counts, "width")))
-    for place, alpha in enumerate(distinct(counts, "alpha")):
-        mine, look = where(counts, alpha=alpha), {"color": COLOURS[place], "linewidth": 1.5}
-        line_with_range(left, mine, "width", "mean", place, f"α = {alpha:g}", linestyle="none")
+    curves(left, counts, "width", "mean", "alpha", "α = {:g}".format, linestyle="none")
+    for alpha, color in zip(distinct(counts, "alpha"), COLOURS, strict=False):
         exact = [m * normal_tail(sublin.default_shift(int(m), alpha)) for m in widths]
-        left.plot(widths, exact, **look)
-        left.plot(widths, widths ** ((3 + alpha) / 4), linestyle=":", **look)
+        left.plot(widths, exact, color=color)
+        left.plot(widths, widths ** ((3 + alpha) / 4), color=color, linestyle=":")
     left.plot([], [], color=GREY, label="m P(Z ≥ b)")
     left.plot([], [], color=GREY, linestyle=":", label="bound")
     width_axis(left, list(widths))
@@ -1458,14 +1350,11 @@ def draw_sparsity(samples):
     below(left, 3)
     unions = [
         {**s, "x": s["n"] / s["width"] ** (1 - POWER), "share": s["union"] / s["width"]}
-        for s in where(samples, part="unions")
+        for s in unions
     ]
-    for place, width in enumerate(distinct(unions, "width")):
-        mine = where(unions, width=width)
-        line_with_range(right, mine, "x", "share", place, f"m = {power_label(width)}")
-    x = np.geomspace(min(distinct(unions, "x")), max(distinct(unions, "x")), 50)
-    look = {"color": GREY, "linestyle": ":", "linewidth": 1.5}
-    right.plot(x, np.minimum(x, 1), label="bound, n m$^{-0.24}$", **look)
+    curves(right, unions, "x", "share", "width", lambda m: f"m = {power_label(m)}")
+    x = np.array(sorted({1.0, *distinct(unions, "x")}))
+    right.plot(x, np.minimum(x, 1), color=GREY, linestyle=":", label="bound, n m$^{-0.24}$")
     right.set(xscale="log", yscale="log", title="... many points fire many")
     right.set(xlabel="points, in units of m$^{0.24}$", ylabel="share of neurons moved, |K| / m")
     below(right)
@@ -1481,15 +1370,15 @@ def tree_touches(n, d, width, seed):
     X, _ = random_unit_data(n, d, seed)
     rng = np.random.default_rng([seed, 1])  # not the stream that made X
     trees = sublin.MaxTrees(X, rng.standard_normal((width, d)))
-    touched = [trees.touched]
+    touched = [0, trees.touched]
     trees.update(width // 2, rng.standard_normal(d))
     touched.append(trees.touched)
     reported = trees.query(0, sublin.default_shift(width)).size
     touched.append(trees.touched)
     trees.query(0, np.inf)
     touched.append(trees.touched)
-    update, query, silent = (int(later - earlier) for earlier, later in pairwise(touched))
-    found = {"init": int(touched[0]), "update": update, "query": query}
+    init, update, query, silent = np.diff(touched).tolist()
+    found = {"init": init, "update": update, "query": query}
     return {**found, "reported": reported, "silent": silent}
 
 
@@ -1532,7 +1421,6 @@ def judge_trees(samples):
 
 # ---- Experiment: sketches ------------------------------------------------------------------------
 
-EXACT = 1e-12  # distortions below that are rounding
 SOLVERS = {"sketch": "conjugate gradients", "richardson": "the paper's iteration"}
 
 
@@ -1585,7 +1473,7 @@ def measure_sketches(quick):
 
 
 def judge_sketches(samples):
-    embeddings = where(samples, part="embeddings")
+    embeddings, counts, sizes = parts(samples, "embeddings", "counts", "sizes")
     n = embeddings[0]["n"]
     limit = n * np.log(n / FAILURE) ** 2 / 0.1**2
     for kind, comment in (
@@ -1606,65 +1494,45 @@ def judge_sketches(samples):
             all(ratio is not None and ratio * n <= limit for ratio in needed.values()),
             f"{comment}, n = {n}",
         )
+    rate, n = np.log(1 / 0.9), sizes[0]["n"]
     for solver, label in SOLVERS.items():
-        yield judge_inner(where(samples, solver=solver), label)
-
-
-def judge_inner(samples, label):
-    counts, sizes = where(samples, part="counts"), where(samples, part="sizes")
-    rate = np.log(1 / 0.9)
-    ratios = [(s["iterations"] or np.inf) * rate / (np.log(6) + s["log"]) for s in counts]
-    works = least(sizes, "ratio", lambda sample: sample["iterations"] is not None)
-    return bounded(
-        f"O(log(n / lambda)) inner iterations, {label}",
-        "Lemmas A.6, A.7, E.4",
-        "iterations / (log(6 n / lambda) / log(1 / 0.9)), the rate of Lemma A.6,",
-        ratios,
-        f"default sizes; at n = {sizes[0]['n']} it converges from sketches of {works} n rows on",
-    )
-
-
-def draw_embedding(axis, samples, sketch):
-    """Distortions of one sketch, a mark a run, beside what a Gaussian matrix is known to do."""
-    ratios = np.array(sorted(distinct(samples, "ratio")))
-    for kind, colour, marker, aside in (
-        ("random", BLUE, "o", 0.88),
-        ("coherent", VERMILION, "^", 1.14),
-    ):
-        mine = where(samples, kind=kind, sketch=sketch)
-        seen = [sample for sample in mine if sample["distortion"] > EXACT]
-        at, found = ([sample[key] for sample in seen] for key in ("ratio", "distortion"))
-        look = {"color": colour, "marker": marker, "linestyle": "none", "alpha": 0.7}
-        axis.plot(aside * np.array(at), found, label=f"{kind} data", **look)
-        if len(seen) < len(mine):
-            text = f"not drawn: {len(mine) - len(seen)} of {len(mine)} runs\non {kind} data, exact"
-            axis.text(0.03, 0.03, text, transform=axis.transAxes, fontsize=11.5, color=colour)
-    known = 2 / np.sqrt(ratios) + 1 / ratios  # of eigenvalues (1 + (n / rows)^(1/2))^2
-    axis.plot(ratios, known, color=GREY, linewidth=1.5, zorder=1, label="Gaussian, in theory")
-    axis.axhline(0.1, color=GREY, linestyle=":", label="the paper asks for 0.1")
-    axis.set(yscale="log", ylim=(0.02, 4), ylabel="distortion ε")
-    axis.set_title(f"{sketch} sketch, n = {samples[0]['n']}")
+        mine, tried = where(counts, solver=solver), where(sizes, solver=solver)
+        works = least(tried, "ratio", lambda s: s["iterations"] is not None)
+        yield bounded(
+            f"O(log(n / lambda)) inner iterations, {label}",
+            "Lemmas A.6, A.7, E.4",
+            "iterations / (log(6 n / lambda) / log(1 / 0.9)), the rate of Lemma A.6,",
+            [(s["iterations"] or np.inf) * rate / (np.log(6) + s["log"]) for s in mine],
+            f"default sizes; at n = {n} it converges from sketches of {works} n rows on",
+        )
 
 
 def draw_sketches(samples):
-    """Distortion against rows for each sketch, and the inner iterations that follow from it."""
+    """Distortion against rows for each sketch, beside what a Gaussian matrix is known to do; and
+    the inner iterations that follow from it."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
     *left, last = axes.flat
-    embeddings, sizes = (where(samples, part=part) for part in ("embeddings", "sizes"))
+    embeddings, sizes = parts(samples, "embeddings", "sizes")
+    ratios = np.array(sorted(distinct(embeddings, "ratio")))
     for axis, sketch in zip(left, distinct(embeddings, "sketch"), strict=True):
-        draw_embedding(axis, embeddings, sketch)
-    left[1].legend()
-    for place, (solver, label) in enumerate(SOLVERS.items(), start=3):
-        line_with_range(last, where(sizes, solver=solver), "ratio", "iterations", place, label)
+        mine = where(embeddings, sketch=sketch)  # a line that leaves the axes below becomes exact
+        curves(axis, mine, "ratio", "distortion", "kind", "{} data".format)
+        known = 2 / np.sqrt(ratios) + 1 / ratios  # of eigenvalues (1 + (n / rows)^(1/2))^2
+        axis.plot(ratios, known, color=GREY, linewidth=1.5, zorder=1, label="Gaussian, in theory")
+        axis.axhline(0.1, color=GREY, linestyle=":", label="the paper asks for 0.1")
+        axis.set(yscale="log", ylim=(0.02, 4), ylabel="distortion ε")
+        axis.set_title(f"{sketch} sketch, n = {embeddings[0]['n']}")
+    curves(last, sizes, "ratio", "iterations", "solver", SOLVERS.get)
     last.axhline(sizes[0]["log"], color=GREY, linestyle=":", label="log(n / λ)")
     last.set_yscale("log", base=2)
     last.yaxis.set_major_formatter("{x:g}")
     last.set(ylabel="inner iterations of a step", title=f"what solvers need, n = {sizes[0]['n']}")
-    last.legend()
     for axis in axes.flat:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("rows of the sketch, in units of n")
+    for axis in (left[1], last):
+        axis.legend()
     return figure
 
 
@@ -1687,10 +1555,9 @@ def kernel_gap(X, y, width, seed, shift):
 
     The start is antisymmetric, so that f = 0 there, as kernel regression has it.
     """
-    n, (new, _) = len(X), random_unit_data(*X.shape, seed + 1000)
+    new, _ = random_unit_data(*X.shape, seed + 1000)
     run = paper_run(X, y, width, seed, shift=shift, init="antisymmetric")
-    H = sublin.shifted_ntk(np.vstack([X, new]), shift)
-    expected = H[n:, :n] @ np.linalg.solve(H[:n, :n], y)
+    expected = KernelRegression(run).predict(new)
     return {"gap": float(np.linalg.norm(run.predict(new) - expected) / np.linalg.norm(expected))}
 
 
@@ -1725,7 +1592,7 @@ def measure_ntk(quick):
 
 
 def judge_ntk(samples):
-    grams, gaps, both = (where(samples, part=part) for part in ("grams", "gaps", "sandwich"))
+    grams, gaps, both = parts(samples, "grams", "gaps", "sandwich")
     n, widest = grams[0]["n"], grams[-1]["width"]
     wide = [s for s in grams if s["width"] >= n * np.log(n / FAILURE) / s["kernel"]]
     yield bounded(
@@ -1758,7 +1625,7 @@ def judge_ntk(samples):
         slopes(grams, lambda sample: sample["distance"]),
         -0.4,
         at_widest(grams, "distance"),
-        least=-0.6,
+        at_least=-0.6,
     )
     yield rated(
         "the trained network tends to kernel regression",
@@ -1772,37 +1639,27 @@ def judge_ntk(samples):
 
 def draw_ntk(samples):
     """How the network tends to the kernel, and the smallest eigenvalue of that."""
-    figure, axes = panels(2, height=6.4)
-    draw_rates(axes[0], where(samples, part="grams"), where(samples, part="gaps"))
-    draw_sandwich(axes[1], where(samples, part="sandwich"))
-    for axis in axes:
+    figure, (left, right) = panels(2, height=6.4)
+    grams, gaps, both = parts(samples, "grams", "gaps", "sandwich")
+    series = [{**s, "of": f"Gram matrix, b = {s['shift']}"} for s in grams if s["shift"] != "auto"]
+    series += [{**s, "of": "prediction, b = 1", "distance": s["gap"]} for s in gaps]
+    curves(left, series, "width", "distance", "of", str)
+    widths = np.array(sorted(distinct(grams, "width")))
+    left.plot(widths, widths**-0.5, color=GREY, linestyle=":", label="m$^{-1/2}$")
+    width_axis(left, list(widths))
+    left.set(yscale="log", ylabel="relative distance", title="Network to kernel")
+    curves(right, both, "shift", "eigenvalue", "delta", "λ, δ = {:g}".format)
+    for delta, color in zip(distinct(both, "delta"), COLOURS, strict=False):
+        at, low, *_ = medians(where(both, delta=delta), "shift", "low")
+        right.plot(at, low, color=color, linestyle=":", linewidth=1.5)
+    at, high, *_ = medians(both, "shift", "high")
+    right.plot(at, high, color=GREY, linewidth=1.5, label="upper bound")
+    right.plot([], [], color=GREY, linestyle=":", label="lower bounds")
+    right.set(yscale="log", xlabel="threshold b", ylabel="smallest eigenvalue λ")
+    right.set_title("Bounds of Theorem 2.13")
+    for axis in (left, right):
         below(axis)
     return figure
-
-
-def draw_rates(axis, grams, gaps):
-    shifts = [shift for shift in distinct(grams, "shift") if shift != "auto"]
-    for place, shift in enumerate(shifts):
-        label = f"Gram matrix, b = {shift:g}"
-        line_with_range(axis, where(grams, shift=shift), "width", "distance", place, label)
-    line_with_range(axis, gaps, "width", "gap", len(shifts), "prediction, b = 1", linestyle="--")
-    widths = np.array(sorted(distinct(grams, "width")))
-    axis.plot(widths, widths**-0.5, color=GREY, linestyle=":", label="m$^{-1/2}$")
-    width_axis(axis, list(widths))
-    axis.set(yscale="log", ylabel="relative distance", title="Network to kernel")
-
-
-def draw_sandwich(axis, samples):
-    for place, delta in enumerate(distinct(samples, "delta")):
-        mine = where(samples, delta=delta)
-        line_with_range(axis, mine, "shift", "eigenvalue", place, f"λ, δ = {delta:g}")
-        at, low, *_ = medians(mine, "shift", "low")
-        axis.plot(at, low, color=COLOURS[place], linestyle=":", linewidth=1.5)
-    at, high, *_ = medians(samples, "shift", "high")
-    axis.plot(at, high, color=GREY, linewidth=1.5, label="upper bound")
-    axis.plot([], [], color=GREY, linestyle=":", label="lower bounds")
-    axis.set(yscale="log", xlabel="threshold b", ylabel="smallest eigenvalue λ")
-    axis.set_title("Bounds of Theorem 2.13")
 
 
 # ---- Experiment: norms at the start --------------------------------------------------------------
@@ -1893,11 +1750,11 @@ def judge_paths(samples):
 def judge_path(samples, label):
     n, widths = samples[0]["n"], sorted(distinct(samples, "width"))
 
-    def bound(claim, source, predicts, ratio):
-        """With what it comes to at each width."""
+    def bound(claim, source, predicts, ratio, counted=samples):
+        """A claim about some of the samples, with what the ratio comes to at each width."""
         found = {m: np.median([ratio(s) for s in where(samples, width=m)]) for m in widths}
         comment = ", ".join(f"{value:.2g} at m = {power_text(m)}" for m, value in found.items())
-        return bounded(f"{claim}, {label}", source, predicts, list(map(ratio, samples)), comment)
+        return bounded(f"{claim}, {label}", source, predicts, list(map(ratio, counted)), comment)
 
     yield bound(
         "|G_t - G_0|_F at most lambda / 2 along training",
@@ -1923,15 +1780,13 @@ def judge_path(samples, label):
         "|J_t - J_0|_F / (sqrt(n R) m^(-1/4)), R being the largest move measured times sqrt(m),",
         lambda s: s["jacobian change"] / np.sqrt(n * s["move"]),
     )
-    widest = where(samples, width=widths[-1])
-    claim = bound(
+    yield bound(
         "the positions of nonzeros do not change much",
         "Section 3",
         "pairs that ever flip / (active pairs / 10), at the greatest width,",
         lambda s: s["flipped / active"] / 0.1,
+        where(samples, width=widths[-1]),
     )
-    ratios = [sample["flipped / active"] / 0.1 for sample in widest]
-    yield claim._replace(measured=spread(ratios), holds=max(ratios) <= 1)
 
 
 # ---- Experiment: gradient descent ----------------------------------------------------------------
@@ -1950,7 +1805,6 @@ def judge_descent(samples):
     newton, descent = middle("cholesky", "steps"), middle("gradient", "steps")
     longer = middle("gradient", "training") / middle("cholesky", "training")
     rows = zip(distinct(samples, "n"), newton, descent, strict=True)
-    width = power_text(samples[0]["width"])
     yield Claim(
         "the number of steps does not depend on n, unlike gradient descent's",
         "Introduction",
@@ -1959,15 +1813,12 @@ def judge_descent(samples):
             f"n = {n}: {steps:.0f} steps, gradient descent {more:.0f}" for n, steps, more in rows
         ),
         bool(max(newton) - min(newton) <= 1),
-        f"to a residual of 1e-3, b = 1, m = {width}, both lazy; gradient descent takes "
+        f"to 1e-3, b = 1, m = {power_text(samples[0]['width'])}, both lazy; gradient descent takes "
         f"{', '.join(f'{ratio:.2g}' for ratio in longer)} times as long",
     )
 
 
 # ---- Experiment: the threshold -------------------------------------------------------------------
-
-
-RACERS = ("dense", "tree", "lazy")
 
 
 def measure_shift(quick):
@@ -1984,7 +1835,7 @@ def measure_shift(quick):
     values["shift"] = (*thresholds, default)
     timed(n, d, width, 0, 1.0, "gaussian", "tree")  # compiles
     return [
-        *grid("runs", timed, **values, init=["gaussian"], search=RACERS),
+        *grid("runs", timed, **values, init=["gaussian"], search=("dense", "tree", "lazy")),
         *grid("runs", timed, **values, init=["antisymmetric"], search=["lazy"]),
     ]
 
@@ -2005,52 +1856,20 @@ def judge_shift(samples):
     )
 
 
-def draw_shift(samples):
-    """Time and steps over the threshold."""
-    figure, axes = panels(2, height=5.6)
-    converged, first = where(samples, end="converged"), samples[0]
-    gaussian = [{**s, "milliseconds": 1e3 * s["total"]} for s in where(converged, init="gaussian")]
-    for search in RACERS:
-        method, mine = METHODS[search], where(gaussian, search=search)
-        line_with_range(axes[0], mine, "shift", "milliseconds", 0, method.label, **method.look)
-    for place, init in enumerate(distinct(converged, "init")):
-        mine = where(converged, init=init, search="lazy")
-        look = {"linewidth": 5 - 3 * place, "markersize": 11 - 5 * place}  # the second on the first
-        line_with_range(axes[1], mine, "shift", "steps", place, f"{init} start", **look)
-    last = max(distinct(converged, "shift"))
-    failed = [shift for shift in distinct(samples, "shift") if shift > last]
-    default = where(samples, default=True)[0]["shift"]
-    for axis in axes:
-        axis.axvline(default, color=GREY, linestyle=":", label="default b")
-        if failed:
-            edge = (last + min(failed)) / 2
-            axis.axvspan(edge, max(failed), color="#dddddd", label="none converges")
-        axis.set_xlabel("threshold b")
-        below(axis)
-    axes[0].set(yscale="log", title="Time", ylabel="milliseconds to 1e-6, with initialisation")
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes[0].yaxis.set_minor_formatter(NullFormatter())
-    axes[1].yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[1].set(title="Steps", ylabel="Gauss-Newton steps to 1e-6")
-    size = f"n = {first['n']}, d = {first['d']}, m = {power_label(first['width'])}"
-    figure.suptitle(size, fontsize=13)
-    return figure
-
-
 def number_shift(samples):
+    """Steps and seconds at b = 0, the default, and the greatest b at which all runs converge."""
     lazy = where(samples, search="lazy", init="antisymmetric")
     lost = [run["shift"] for run in lazy if run["end"] != "converged"]
-    kept = [shift for shift in distinct(lazy, "shift") if shift not in lost]
+    greatest = max(run["shift"] for run in lazy if run["shift"] not in lost)
 
-    def steps(shift):
-        median = np.median([run["steps"] for run in where(lazy, shift=shift)])
-        return f"{median:.0f} steps at b = {shift:.3g}"
+    def cost(shift):
+        runs = where(lazy, shift=shift)
+        steps, seconds = (np.median([run[key] for run in runs]) for key in ("steps", "total"))
+        return f"{steps:.0f} steps and {1e3 * seconds:.0f} ms at b = {shift:.3g}"
 
-    zero, last = steps(0.0), steps(max(kept))
-    usual = steps(where(lazy, default=True)[0]["shift"])
+    usual = cost(where(lazy, default=True)[0]["shift"])
     text = f"some runs fail at b = {min(lost):g}" if lost else "no run fails"
-    return {"steps over b": f"{zero}, {usual} (the default), {last}; {text}"}
+    return {"steps over b": f"{cost(0.0)}, {usual} (the default), {cost(greatest)}; {text}"}
 
 
 # ---- Experiment: which method is the fastest -----------------------------------------------------
@@ -2065,19 +1884,18 @@ def measure_crossover(quick):
     def affordable(case):
         return case["n"] * case["width"] <= 1 << 27
 
-    counts = (4, 16) if quick else (4, 16, 64, 256, 1024)
-    paired = {"init": "antisymmetric", "tol": RACE_TOLERANCE, "dtype": "float32"}
-    searches = ("lazy", "tree", "scan", "dense")
-
     def race(n, d, width, seed, search):
-        draw = "auto" if search == "lazy" else "all"  # which is faster for each
-        return timed_run(
-            *random_unit_data(n, d, seed), width, seed, search=search, draw=draw, **paired
-        )
+        options = {"init": "antisymmetric", "tol": RACE_TOLERANCE, "dtype": "float32"}
+        options["draw"] = "auto" if search == "lazy" else "all"  # which is faster for each
+        return timed_run(*random_unit_data(n, d, seed), width, seed, search=search, **options)
 
+    searches = ("lazy", "tree", "scan", "dense")
     for search in searches:
         race(4, 32, 1 << 12, 0, search=search)  # compiles
-    sizes = {"n": counts, "d": [32], "width": powers(8, 12) if quick else powers(8, 20, 3)}
+    counts, widths = (
+        ((4, 16), powers(8, 12)) if quick else ((4, 16, 64, 256, 1024), powers(8, 20, 3))
+    )
+    sizes = {"n": counts, "d": [32], "width": widths}
     return grid("races", race, affordable, **sizes, seed=range(3), search=searches)
 
 
@@ -2085,28 +1903,26 @@ def winners(samples, key):
     """By (n, width): the method with the least median seconds, and the medians of all; None where
     some run did not converge."""
     found = {}
-    for place in dict.fromkeys((sample["n"], sample["width"]) for sample in samples):
-        there = where(samples, n=place[0], width=place[1])
+    for n, m in sorted({(sample["n"], sample["width"]) for sample in samples}):
+        there = where(samples, n=n, width=m)
         seconds = {
             name: float(np.median([s.get(key, np.inf) for s in where(there, search=name)]))
             for name in distinct(there, "search")
         }
         converged = len(where(there, end="converged")) == len(there)
-        found[place] = (min(seconds, key=seconds.get), seconds) if converged else None
+        found[n, m] = (min(seconds, key=seconds.get), seconds) if converged else None
     return found
 
 
 def judge_crossover(samples):
     for key, label in RACES.items():
-        best = {place: found for place, found in winners(samples, key).items() if found}
-        widest = dict(sorted(best))  # the last of each n counts
-        top = {place: best[place] for place in widest.items()}
+        widest = {n: (m, *best) for (n, m), best in winners(samples, key).items() if best}
         lost = [
             f"{name} is the fastest at n = {n}, m = {power_text(m)}"
-            for (n, m), (name, _) in top.items()
+            for n, (m, name, _) in widest.items()
             if name not in ("lazy", "tree")
         ]
-        dense = [times(seconds["dense"] / seconds[name]) for name, seconds in top.values()]
+        dense = [times(seconds["dense"] / seconds[name]) for _, name, seconds in widest.values()]
         yield Claim(
             f"less time than methods that pay m n d in each step, {label}",
             "Theorem 1.1, Remark 1.2",
@@ -2118,46 +1934,27 @@ def judge_crossover(samples):
         )
 
 
-def draw_winners(axis, samples, key, title):
-    """A map of the fastest method, and how many times as long the next one and dense take."""
-    counts, widths = sorted(distinct(samples, "n")), sorted(distinct(samples, "width"))
-    for (n, m), best in winners(samples, key).items():
-        column, row, text = widths.index(m), counts.index(n), "does not\nconverge"
-        if best:
-            name, seconds = best
-            following = sorted(seconds.values())[1] / seconds[name]
-            text = f"{METHODS[name].label}\nnext {following:.2f}×"
-            if name != "dense":
-                text += f"\ndense {times(seconds['dense'] / seconds[name])}".replace(" times", "×")
-            colour = "#999999" if name == "lazy" else METHODS[name].colour
-            box = plt.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colour, alpha=0.45)
-            axis.add_patch(box)
-        axis.text(column, row, text, ha="center", va="center", fontsize=11.5)
-    map_axes(axis, counts, widths, title)
-    axis.set(xlim=(-0.5, len(widths) - 0.5), ylim=(-0.5, len(counts) - 0.5))
-
-
-def draw_crossover(samples):
-    """The fastest method over n and m, with and without initialisation."""
-    figure, axes = panels(2, width=12.0, height=6.0)
-    draw_winners(axes[0], samples, "total", "Initialisation and steps")
-    draw_winners(axes[1], samples, "training", "Steps alone")
-    text = f"Fastest to {RACE_TOLERANCE:g}, all but lazy in float32, random unit points, d = 32"
-    figure.suptitle(f"{text}; 2×: twice as long; blank: not measured", fontsize=13)
-    return figure
-
-
 def number_crossover(samples):
-    """Where lazy, the default, is not the fastest, and by how much."""
-    lost = {}
-    for (n, m), best in winners(samples, "total").items():
-        if best and best[0] != "lazy":
-            lost.setdefault(n, {})[m] = best[1]["lazy"] / best[1][best[0]]
+    """The fastest method by n and m; and where it is not lazy, the default, and by how much."""
+    best, lost = winners(samples, "total"), {}
+    counts, widths = (sorted(distinct(samples, key)) for key in ("n", "width"))
+
+    def cell(n, m):
+        if not best.get((n, m)):
+            return "not all converge" if (n, m) in best else "not measured"
+        name, seconds = best[n, m]
+        if name != "lazy":
+            lost.setdefault(n, {})[m] = seconds["lazy"] / seconds[name]
+        return f"{name}, dense {times(seconds['dense'] / seconds[name])}"
+
+    rows = [["", *(f"m = {power_text(m)}" for m in widths)]]
+    rows += [[f"n = {n}", *(cell(n, m) for m in widths)] for n in counts]
     texts = [
         f"n = {n} up to m = {power_text(max(found))}, by at most {times(max(found.values()))}"
         for n, found in lost.items()
     ]
-    return {"lazy loses": "; ".join(texts) or "nowhere"}
+    fastest = f"\n\n{markdown_table(rows)}\n\n"
+    return {"fastest": fastest, "lazy loses": "; ".join(texts) or "nowhere"}
 
 
 # ---- Experiment: real data -----------------------------------------------------------------------
@@ -2215,12 +2012,14 @@ def table(name):
     return X[:MOST_ROWS], y[:MOST_ROWS]
 
 
+# Targets as they are, or as labels.
 KINDS = {"numbers": lambda y: y, "labels": lambda y: np.where(y > np.median(y), 1.0, -1.0)}
 COARSE = 1e-3  # the residual to which real tables are trained
 
 
 def fit_of_table(name, kind, width, shift):
-    """Steps and seconds to COARSE, or to what coinciding rows allow, and what was predicted."""
+    """Steps and seconds to COARSE, or to what coinciding rows allow, and the length of the second
+    step over that of the first that is predicted before."""
     X, y = table(name)
     y = KINDS[kind](y)
     trainer = sublin.SublinearTrainer(width, shift=shift, random_state=0, max_iter=0).fit(X, y)
@@ -2244,8 +2043,8 @@ def fit_of_table(name, kind, width, shift):
     }
 
 
-def regressors(d):
-    """What tables are fitted with, by name: functions that make one."""
+def regressors():
+    """What tables are fitted with, by name: functions of X and y that return a fitted model."""
     from sklearn.compose import TransformedTargetRegressor
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.kernel_ridge import KernelRidge
@@ -2254,50 +2053,32 @@ def regressors(d):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    tuned = {"alpha": [0.01, 0.1, 1.0], "gamma": [0.03 / d, 0.1 / d, 0.3 / d, 1.0 / d]}
-    kernel, linear = (
-        GridSearchCV(KernelRidge(kernel="rbf"), tuned),
-        RidgeCV(10.0 ** np.arange(-3, 4)),
-    )
-    network = partial(sublin.SublinearTrainer, random_state=0)
+    def network(X, y, **options):
+        return sublin.SublinearTrainer(random_state=0, **options).fit(X, y)
+
+    def tuned_kernel(X, y):
+        widths = [c / X.shape[1] for c in (0.03, 0.1, 0.3, 1.0)]
+        choices = {"alpha": [0.01, 0.1, 1.0], "gamma": widths}
+        model = make_pipeline(StandardScaler(), GridSearchCV(KernelRidge(kernel="rbf"), choices))
+        return TransformedTargetRegressor(model, transformer=StandardScaler()).fit(X, y)
+
+    linear = make_pipeline(StandardScaler(), RidgeCV(10.0 ** np.arange(-3, 4)))
     return {
         "sublin, defaults": network,
         "sublin, shift=paper": partial(network, shift="paper"),
-        "sublin, ridge=0.1": partial(network, ridge=0.1),
+        OURS: partial(network, ridge=0.1),
         "sublin, ridge=1": partial(network, ridge=1.0),
-        "its kernel, ridge=1": partial(OwnKernel, 1.0),
-        "ridge regression ¹": lambda: make_pipeline(StandardScaler(), linear),
-        "kernel ridge, RBF ¹": lambda: TransformedTargetRegressor(
-            make_pipeline(StandardScaler(), kernel), transformer=StandardScaler()
+        "its kernel, ridge=1": lambda X, y: KernelRegression(
+            network(X, y, ridge=1.0, max_iter=0), 1.0
         ),
-        "random forest": lambda: RandomForestRegressor(random_state=0, n_jobs=-1),
+        "ridge regression ¹": linear.fit,
+        "kernel ridge, RBF ¹": tuned_kernel,
+        "random forest": RandomForestRegressor(random_state=0, n_jobs=-1).fit,
     }
 
 
+OURS = "sublin, ridge=0.1"  # which the others are compared with
 REGRESSORS_NOTE = "¹ columns scaled, strengths and the width of the RBF chosen by cross-validation"
-
-
-class OwnKernel:
-    """Kernel ridge regression with the kernel of the infinitely wide network, at the network's
-    threshold; `ridge` is in units of the mean of the kernel's diagonal."""
-
-    def __init__(self, ridge, **options):
-        self.ridge, self.options = ridge, {"random_state": 0, **options}
-
-    def fit(self, X, y):
-        untrained = {"ridge": self.ridge, "max_iter": 0, **self.options}
-        self.trainer = sublin.SublinearTrainer(**untrained).fit(X, y)
-        H = sublin.shifted_ntk(self.trainer._X, self.trainer.shift_)
-        system = H + self.ridge * np.diag(H).mean() * np.eye(len(H))
-        self.dual = scipy.linalg.solve(system, self.trainer._y, assume_a="pos")
-        return self
-
-    def predict(self, X):
-        trainer = self.trainer
-        both = np.concatenate([trainer._X, trainer._scales.unit_rows(X)])
-        H = sublin.shifted_ntk(both, trainer.shift_)
-        n = len(trainer._X)
-        return trainer._scales.outputs(H[n:, :n] @ self.dual)
 
 
 def folds_of_table(name, regressor):
@@ -2307,7 +2088,7 @@ def folds_of_table(name, regressor):
     X, y = table(name)
     predicted, begin = np.empty_like(y), time.perf_counter()
     for train_on, kept in KFold(5, shuffle=True, random_state=0).split(X):
-        model = regressors(X.shape[1])[regressor]().fit(X[train_on], y[train_on])
+        model = regressors()[regressor](X[train_on], y[train_on])
         predicted[kept] = model.predict(X[kept])
     seconds = time.perf_counter() - begin
     r2 = 1.0 - np.sum((y - predicted) ** 2) / np.sum((y - y.mean()) ** 2)
@@ -2319,9 +2100,8 @@ def limit_of_ridge(width, seed):
     X, y = table("diabetes")
     options = {"shift": 1.0, "random_state": seed, "tol": 1e-9}
     network = sublin.SublinearTrainer(width, ridge=1.0, **options).fit(X[:300], y[:300])
-    kernel = OwnKernel(1.0, width=2, **options).fit(X[:300], y[:300])
-    held_out = X[300:]
-    difference = network.predict(held_out) - kernel.predict(held_out)
+    start = sublin.SublinearTrainer(2, ridge=1.0, max_iter=0, **options).fit(X[:300], y[:300])
+    difference = network.predict(X[300:]) - KernelRegression(start, 1.0).predict(X[300:])
     return {"difference": float(np.sqrt(np.mean(difference**2)) / np.std(y))}
 
 
@@ -2332,28 +2112,26 @@ def many_data(n, d):
 
 
 def fit_many(n, d, width):
-    """Seconds by phase of a fit to COARSE, and the peak memory of its process (Linux)."""
-    begin = time.perf_counter()
-    net = sublin.SublinearTrainer(width, random_state=0, tol=COARSE).fit(*many_data(n, d))
-    found = {"seconds": time.perf_counter() - begin, "steps": net.n_iter_}
+    """Seconds by phase of a fit to COARSE, after a smaller one that compiles, and the peak memory
+    of the process."""
+    for points in (min(n, 300), n):
+        begin = time.perf_counter()
+        net = sublin.SublinearTrainer(width, random_state=0, tol=COARSE).fit(*many_data(points, d))
+        found = {"seconds": time.perf_counter() - begin, "steps": net.n_iter_}
     found |= {"residual": net.residual_, "start": net.init_seconds_, "b": net.shift_}
     found |= {phase: sum(record[phase] for record in net.history_) for phase in PHASES}
-    return {**found, "peak": peak_memory() if os.path.exists("/proc/self/status") else None}
+    return {**found, "peak": peak_memory() if IN_LINUX else None}
 
 
 def many_points(n, d, width, cap):
     """What fit_many says in a process of its own; seconds of a step of plain NumPy and of kernel
     regression, and how far MLPRegressor comes in `cap` seconds."""
-    fit = "bench.fit_many({}, {}, {})"
-    warm_up, measured = fit.format(min(n, 300), d, width), fit.format(n, d, width)
-    code = f"import bench, json; {warm_up}; print(json.dumps({measured}))"
-    found = json.loads(output_of(code))
+    found = apart(f"fit_many({n}, {d}, {width})")
     problem = Problem.of(*many_data(n, d), width=width, shift=found["b"])
     begin = time.perf_counter()
     sublin.reference(*problem.arrays("float32"), found["b"], 1e-6)
     found["numpy step"] = time.perf_counter() - begin
-    run = run_peer(PEERS["kernel"], problem, {}, cap)
-    found["kernel"] = run["seconds"][-1]
+    found["kernel"] = run_peer(PEERS["kernel"], problem, {}, cap)["seconds"][-1]
     run = run_peer(PEERS["sklearn"], problem, {"rate": 1.0}, cap)
     return {**found, "mlp": float(np.nanmin(run["residuals"])), "cap": cap}
 
@@ -2364,25 +2142,19 @@ def measure_data(quick):
     names = ["linnerud", "mtcars"] if quick else list(TABLES)
     widths = [1 << 8] if quick else powers(12, 16)
     shifts = ("auto", 1.0) if quick else ("auto", "paper", 1.5, 1.0, 0.5, 0.0)
-    models = list(regressors(1))
+    many = {"n": [200] if quick else [2500, 5000, 10000], "d": [100]}
+    many |= {"width": [1 << (8 if quick else 14)], "cap": [1 if quick else 30]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit_of_table("mtcars", "numbers", 1 << 8, "auto")  # compiles
         for warm_up in (1 << 8, 1 << 16):
             sublin.SublinearTrainer(warm_up, shift="paper").fit(*table("linnerud"))
-        return (
-            grid("fit", fit_of_table, name=names, kind=list(KINDS), width=widths, shift=shifts)
-            + grid("folds", folds_of_table, name=names, regressor=models)
-            + grid("limit", limit_of_ridge, width=powers(8, 10 if quick else 18), seed=range(3))
-            + grid(
-                "many",
-                many_points,
-                n=[200] if quick else [2500, 5000, 10000],
-                d=[100],
-                width=[1 << (8 if quick else 14)],
-                cap=[1 if quick else 30],
-            )
-        )
+        return [
+            *grid("fit", fit_of_table, name=names, kind=list(KINDS), width=widths, shift=shifts),
+            *grid("folds", folds_of_table, name=names, regressor=list(regressors())),
+            *grid("limit", limit_of_ridge, width=powers(8, 10 if quick else 18), seed=range(3)),
+            *grid("many", many_points, **many),
+        ]
 
 
 def judge_data(samples):
@@ -2392,130 +2164,114 @@ def judge_data(samples):
         "this project",
         "the difference of predictions falls like m^(-1/2) (exponent -0.6 to -0.4)",
         f"exponent {spread(found)}",
-        all(-0.6 <= slope <= -0.4 for slope in found),
+        all(-0.6 <= exponent <= -0.4 for exponent in found),
         "diabetes, b = 1, ridge = 1, widths from 2^8 to 2^18",
     )
 
 
-def draw_data(samples):
-    """Steps and seconds against the predicted ratio."""
-    figure, axes = panels(2, height=5.6)
-    fits = where(samples, part="fit")
-    for axis, key, title in ((axes[0], "steps", "Steps"), (axes[1], "seconds", "Time")):
-        for place, aside in enumerate((False, True)):
-            for converged in (True, False):
-                mine = where(fits, aside=aside, converged=converged)
-                label = "tables kept aside" if aside else "tables looked at"
-                label += "" if converged else ", not within 50 steps"
-                face = COLOURS[1 + place] if converged else "none"
-                look = {"edgecolors": COLOURS[1 + place], "facecolors": face, "alpha": 0.6}
-                look |= {"marker": "os"[place], "s": 24, "label": label}
-                axis.scatter([s["ratio"] for s in mine], [s[key] for s in mine], **look)
-        axis.axvline(sublin.RATIO, color=GREY, linestyle=":", label='the most that "auto" takes')
-        axis.set(xscale="log", yscale="log", title=title)
-        axis.set_xlabel("predicted length of step 2 / step 1")
-        axis.set_ylabel("steps to 1e-3" if key == "steps" else "seconds to 1e-3")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=3, loc="outside lower center")
-    return figure
-
-
-def rule_table(samples):
+def threshold_table(fits):
     """How many fits converge, and how fast, by how the threshold was chosen."""
-    fits = where(samples, part="fit")
     rows = [["shift", "tables", "fits to 1e-3", "steps: median", "seconds: mean"]]
-    for shift in distinct(fits, "shift"):
-        for aside in (False, True):
-            mine = where(fits, shift=shift, aside=aside)
-            if mine:
-                label = f'"{shift}"' if isinstance(shift, str) else f"{shift:g}"
-                reached = sum(s["converged"] for s in mine)
-                steps, seconds = (np.array([s[key] for s in mine]) for key in ("steps", "seconds"))
-                kept = "kept aside" if aside else "looked at"
-                reached = f"{reached} of {len(mine)}"
-                pace = f"{np.median(steps):.0f}", f"{seconds.mean():.2f}"
-                rows.append([label, kept, reached, *pace])
+    for shift, aside in product(distinct(fits, "shift"), distinct(fits, "aside")):
+        mine = where(fits, shift=shift, aside=aside)
+        name = f'"{shift}"' if isinstance(shift, str) else f"{shift:g}"
+        reached = f"{len(where(mine, converged=True))} of {len(mine)}"
+        steps, seconds = np.array([(s["steps"], s["seconds"]) for s in mine]).T
+        pace = f"{np.median(steps):.0f}", f"{seconds.mean():.2f}"
+        rows.append([name, "kept aside" if aside else "looked at", reached, *pace])
     return markdown_table(rows)
 
 
-def folds_table(samples):
-    """Held-out R^2 of every regressor on every table."""
-    folds = where(samples, part="folds")
-    names, models = distinct(folds, "name"), distinct(folds, "regressor")
-    rows = [["held-out R²", *models]]
-    for name in names:
+ALIKE = 0.005  # two R^2 that differ by no more are called equal
+
+
+def folds_table(folds):
+    """Held-out R^2 of every regressor on every table, the best in bold type."""
+    rows = [["held-out R²", *distinct(folds, "regressor")]]
+    for name in distinct(folds, "name"):
         mine = where(folds, name=name)
-        best = max(s["r2"] for s in mine)
-        cells = [f"{s['r2']:.2f}" for s in mine]
-        cells = [
-            f"**{c}**" if s["r2"] >= best - 0.005 else c for c, s in zip(cells, mine, strict=True)
-        ]
+        best = max(s["r2"] for s in mine) - ALIKE
+        cells = [f"**{s['r2']:.2f}**" if s["r2"] >= best else f"{s['r2']:.2f}" for s in mine]
         rows.append([f"{name} ({mine[0]['rows']} × {mine[0]['columns']})", *cells])
-    by_model = [where(folds, regressor=model) for model in models]
-    medians_of = [np.median([s["r2"] for s in mine]) for mine in by_model]
-    rows.append(["median", *(f"{value:.2f}" for value in medians_of)])
-    seconds = [sum(s["seconds"] for s in mine) for mine in by_model]
-    rows.append(["seconds, all folds", *(f"{value:.3g}" for value in seconds)])
-    return markdown_table(rows) + f"\n\n{REGRESSORS_NOTE}"
+    return f"{markdown_table(rows)}\n\n{REGRESSORS_NOTE}"
 
 
-def many_table(samples):
-    rows = [["n", "start", "find, outputs", "Gram", "solve", "whole fit", "steps", "peak"]]
-    rows[0] += [
-        "a step of plain NumPy",
-        "kernel regression",
-        "MLPRegressor, rate not tuned, reaches",
-    ]
-    for s in where(samples, part="many"):
-        phases = [f"{s[key]:.1f} s" for key in ("start", *list(PHASES)[:3], "seconds")]
-        others = [f"{s['numpy step']:.1f} s", f"{s['kernel']:.1f} s"]
-        others += [f"{s['mlp']:.1g} in {s['cap']} s"]
-        rows.append([f"{s['n']:,}", *phases, s["steps"], f"{s['peak']:.1f} GiB", *others])
+def regressors_table(folds):
+    """What the tables of folds_table come to, for each regressor."""
+    rows = [["", "median held-out R²", f"better than {OURS}", "worse", "seconds, all tables"]]
+    ours = {s["name"]: s["r2"] for s in where(folds, regressor=OURS)}
+    for regressor in distinct(folds, "regressor"):
+        mine = where(folds, regressor=regressor)
+        gains = np.array([s["r2"] - ours[s["name"]] for s in mine])
+        counts = [f"on {np.sum(sign * gains > ALIKE)} of {len(mine)}" for sign in (1, -1)]
+        median, seconds = np.median([s["r2"] for s in mine]), sum(s["seconds"] for s in mine)
+        counts = ["", ""] if regressor == OURS else counts
+        rows.append([regressor, f"{median:.2f}", *counts, f"{seconds:.3g}"])
+    return f"{markdown_table(rows)}\n\n{REGRESSORS_NOTE}"
+
+
+def many_table(many):
+    mlp = f"MLPRegressor, rate not tuned, in {many[0]['cap']} s"
+    rows = [["n", "whole fit", "of it solving", "steps", "peak", "a step of plain NumPy"]]
+    rows[0] += ["kernel regression", mlp]
+    for s in many:
+        ours = f"{s['seconds']:.1f} s", percent(s["seconds_solve"] / s["seconds"]), s["steps"]
+        others = f"{s['numpy step']:.1f} s", f"{s['kernel']:.1f} s", f"to {s['mlp']:.1g}"
+        rows.append([f"{s['n']:,}", *ours, f"{s['peak']:.1f} GiB", *others])
     return markdown_table(rows)
 
 
 def number_data(samples):
-    exponents = slopes(where(samples, part="limit"), lambda s: s["difference"])
-    folds, texts = where(samples, part="folds"), {}
-    ours = {s["name"]: s["r2"] for s in where(folds, regressor="sublin, ridge=0.1")}
-    for model in ("ridge regression ¹", "kernel ridge, RBF ¹", "random forest"):
-        theirs = {s["name"]: s["r2"] for s in where(folds, regressor=model)}
-        better = sum(ours[name] > theirs[name] + 0.005 for name in ours)
-        worse = sum(ours[name] < theirs[name] - 0.005 for name in ours)
-        texts[f"against {model}"] = f"better on {better}, worse on {worse} of {len(ours)}"
+    fits, folds, limit, many = parts(samples, "fit", "folds", "limit", "many")
+    labels = {"auto": '"auto"', "paper": '"paper"', 1.0: "b = 1", 0.0: "b = 0"}
+    tried = {shift: where(fits, shift=shift) for shift in labels if where(fits, shift=shift)}
+    reached = [
+        f"{len(where(mine, converged=True))} of {len(mine)} with {labels[shift]}"
+        for shift, mine in tried.items()
+    ]
+    far = [s for s in fits if s["ratio"] is None or s["ratio"] > sublin.RATIO]
+    all_of, of_far = (len(where(mine, converged=True)) for mine in (fits, far))
+    near = f"{all_of - of_far} of {len(fits) - len(far)}"
     return {
-        **texts,
-        "thresholds": f"\n\n{rule_table(samples)}\n\n",
-        "regressors": f"\n\n{folds_table(samples)}\n\n",
-        "many": f"\n\n{many_table(samples)}\n\n",
-        "limit": f"{np.median(exponents):.2f}",
+        "thresholds": ", ".join(reached),
+        "predicted": f"{near} fits reach 1e-3 within 50 steps where it is at most "
+        f"{sublin.RATIO:g}, {of_far} of {len(far)} where it is greater",
+        "regressors": f"\n\n{regressors_table(folds)}\n\n",
+        "many": f"\n\n{many_table(many)}\n\n",
+        "limit": f"{np.median(slopes(limit, lambda s: s['difference'])):.2f}",
     }
+
+
+def page_data(samples):
+    fits, folds = parts(samples, "fit", "folds")
+    widths = distinct(fits, "width")
+    return f"""# Real tables
+
+Written by `python bench.py data` from data.json beside it.
+
+## Regressors
+
+Held-out R² over five folds, the same for all, at the default width 2^16 of networks. In brackets:
+rows and columns; in bold type: the best of a row, and what is within {ALIKE:g} of it.
+
+{folds_table(folds)}
+
+## Thresholds
+
+Targets as they are and as labels, at widths of {", ".join(map(power_text, widths))}, at most 50
+steps. The tables of the first kind were looked at when the rule of `shift="auto"` was made, those
+of the second were kept aside until it was fixed.
+
+{threshold_table(fits)}
+"""
 
 
 # ---- Experiment: neurons spread over ranks -------------------------------------------------------
 
-SPREAD = (16, 16)  # n, d
-SPREAD_WIDTHS = (28, 30, 32)  # exponents
+RANKS_DATA = (16, 16)  # n, d
+RANKS_WIDTHS = (28, 30, 32)  # exponents
 PREDICTED_WIDTHS = (36, 40, 46)
 MOST_RANKS = 4096
-
-ON_RANKS = """
-import json, time
-from mpi4py import MPI
-import bench
-samples = bench.spread_fits(bench.Counted(MPI.COMM_WORLD), {widths})
-if MPI.COMM_WORLD.rank == 0:
-    print(json.dumps(samples))
-"""
-
-IN_ONE = """
-import json
-import bench
-print(json.dumps(bench.spread_fits(None, {widths})))
-"""
 
 
 class Counted:
@@ -2533,10 +2289,28 @@ class Counted:
         return counted
 
 
-def spread_fits(comm, widths):
-    """On each rank: a fit of every width; and seconds of a message of a step. "near" is of this
-    rank alone."""
-    n, d = SPREAD
+def message_seconds(comm, n):
+    """Of one all-reduce as large as that of a step, the median of some."""
+    if comm is None or comm.size == 1:
+        return 0.0
+    sent, received = np.zeros((2, n * n + 2 * n + 7), np.int64)
+    seconds = []
+    for _ in range(100):
+        begin = time.perf_counter()
+        comm.comm.Allreduce(sent, received)
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds))
+
+
+def fits_on_ranks(widths, ranks):
+    """A fit of every width, and seconds of a message of a step, on each of some ranks, or in one
+    process without MPI if `ranks` is 0. Rank 0 returns them; "near" is of this rank alone."""
+    comm = None
+    if ranks:
+        from mpi4py import MPI
+
+        comm = Counted(MPI.COMM_WORLD)
+    n, d = RANKS_DATA
     X, y = random_unit_data(n, d)
     train(X, y, 1 << 18, tol=WHOLE, comm=comm)  # compiles
     samples = []
@@ -2546,25 +2320,12 @@ def spread_fits(comm, widths):
             comm.calls = comm.bytes = 0
         begin = time.perf_counter()
         net = train(X, y, width, tol=WHOLE, comm=comm)
-        sample = {"seconds": time.perf_counter() - begin}
+        sample = {"width": width, "residual": net.residual_, "seconds": time.perf_counter() - begin}
         sample |= {"drawing": net.init_seconds_, "steps": net.n_iter_, "live": net.n_live_}
         counts = {"calls": comm.calls, "bytes": comm.bytes} if comm else {}
         sample |= {"near": net._search.live.size, "message": message_seconds(comm, n), **counts}
-        samples.append({"width": width, "residual": net.residual_, **sample})
-    return samples
-
-
-def message_seconds(comm, n, times=100):
-    """Of one all-reduce as large as that of a step, the median of some."""
-    if comm is None or comm.size == 1:
-        return 0.0
-    sent, received = np.zeros((2, n * n + 2 * n + 7), np.int64)
-    seconds = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        comm.comm.Allreduce(sent, received)
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds))
+        samples.append(sample)
+    return samples if not comm or comm.rank == 0 else None
 
 
 def measure_ranks(quick):
@@ -2573,27 +2334,24 @@ def measure_ranks(quick):
     mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
     if mpiexec is None or importlib.util.find_spec("mpi4py") is None:
         raise SystemExit("bench.py ranks needs MPI: pip install mpi4py mpich")
-    n, d = SPREAD
-    code = {"widths": [1 << k for k in ((22, 23, 24) if quick else SPREAD_WIDTHS)]}
-    cores = os.cpu_count()
-    cases = [(0, 1), (0, 2)] + [(ranks, 1) for ranks in ((1, 2) if quick else (1, 2, 4))]
+    n, d = RANKS_DATA
+    widths = [1 << k for k in ((22, 23, 24) if quick else RANKS_WIDTHS)]
+    cases = [(0, 1), (0, 2), *((ranks, 1) for ranks in ((1, 2) if quick else (1, 2, 4)))]
     samples = []
     for run, (ranks, threads) in progress(list(product(range(1 if quick else 5), cases)), "ranks"):
-        environment = {"NUMBA_NUM_THREADS": str(threads)}
-        if ranks:
-            start = [mpiexec, "-n", str(ranks)]
-            text = output_of(ON_RANKS.format(**code), *start, **environment)
-        else:
-            text = output_of(IN_ONE.format(**code), **environment)
-        case = {"n": n, "d": d, "ranks": ranks, "threads": threads, "cores": cores, "run": run}
-        samples += [{**case, **sample} for sample in json.loads(text)]
+        start = [mpiexec, "-n", str(ranks)] if ranks else []
+        call = f"fits_on_ranks({widths}, {ranks})"
+        found = apart(call, *start, NUMBA_NUM_THREADS=str(threads))
+        case = {"n": n, "d": d, "ranks": ranks, "threads": threads, "cores": os.cpu_count()}
+        samples += [{**case, "run": run, **sample} for sample in found]
     return samples
 
 
 class Model(NamedTuple):
     """Seconds of a whole fit on ranks of one thread, from what one process of one thread takes at
     the widths measured, and from messages between two ranks, all taken to be as long as a step's.
-    Neurons near the threshold are taken to be as many in a block as at the widest of these."""
+    Neurons are drawn in blocks, which ranks share out; those near the threshold are taken to be as
+    many in a block as at the widest of these."""
 
     n: int
     d: int
@@ -2608,9 +2366,8 @@ class Model(NamedTuple):
         one = [{**s, "stepping": s["seconds"] - s["drawing"]} for s in one]
         n, d, widths = one[0]["n"], one[0]["d"], sorted(distinct(one, "width"))
         blocks = [blocks_of(n, d, width) for width in widths]
-        drawing, near, stepping = (
-            medians(one, "width", key)[1] for key in ("drawing", "near", "stepping")
-        )
+        keys = ("drawing", "near", "stepping")
+        drawing, near, stepping = (medians(one, "width", key)[1] for key in keys)
         per_block, at_start = np.polyfit(blocks, drawing, 1)
         per_near, of_steps = np.polyfit(near, stepping, 1)
         fixed = max(at_start, 0.0) + max(of_steps, 0.0)
@@ -2633,19 +2390,12 @@ def blocks_of(n, d, width):
     return -(-width // (2 * law.pairs(width)))
 
 
-def ranks_seconds(samples, width):
-    """The ranks, and the median seconds of a fit on so many."""
-    mine = [s for s in where(samples, width=width) if s["ranks"]]
-    return medians(mine, "ranks", "seconds")[:2]
-
-
 def draw_ranks(samples):
     """Seconds of a whole fit against ranks: measured, and as the model predicts them."""
     figure, axis = panels(1, height=6.4)
     model, many = Model.of(samples), 2 ** np.arange(int(np.log2(MOST_RANKS)) + 1)
     measured, cores = distinct(samples, "width"), samples[0]["cores"]
     dots = {"marker": "o", "markersize": 9, "linewidth": 2}
-    hollow = {**dots, "linestyle": "none", "markerfacecolor": "white"}
     dashes = {"linestyle": (0, (4, 3)), "linewidth": 2}
     widths = [*measured, *(1 << k for k in PREDICTED_WIDTHS if 1 << k > measured[-1])]
     for width, color in zip(widths, COLOURS, strict=False):
@@ -2655,20 +2405,15 @@ def draw_ranks(samples):
         label = f"m = {power_label(width)}"
         axis.annotate(label, (1, predicted[0]), color=color, ha="right", **where_to)
         if width in measured:
-            ranks, seconds = ranks_seconds(samples, width)
-            fair = ranks <= cores
-            axis.plot(ranks[fair], seconds[fair], color=color, **dots)
-            axis.plot(ranks[~fair], seconds[~fair], color=color, **hollow)
-    for text, how in (
-        ("measured", dots),
-        (f"measured with more ranks than the {cores} cores", hollow),
-        ("predicted by a model", dashes),
-    ):
-        axis.plot([], [], color=GREY, label=text, **how)
-    axis.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+            mine = [s for s in where(samples, width=width) if s["ranks"]]
+            ranks, seconds, *_ = medians(mine, "ranks", "seconds")
+            axis.plot(ranks, seconds, color=color, **dots)
+    axis.plot([], [], color=GREY, label="measured", **dots)
+    axis.plot([], [], color=GREY, label="predicted by a model", **dashes)
+    axis.axvline(cores, color=GREY, linestyle=":", label=f"the {cores} cores of the machine")
+    below(axis, 3)
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xlim(0.25, 1.5 * many[-1])
+    axis.set(yscale="log", xlim=(0.25, 1.5 * many[-1]))
     axis.set_xticks(many[::2], many[::2])
     axis.set(xlabel="ranks of one thread", ylabel="seconds of a whole fit to 1e-6")
     axis.set_title(f"n = {model.n} random unit points, d = {model.d}")
@@ -2694,7 +2439,7 @@ def number_ranks(samples):
     }
 
 
-# ---- The table of experiments --------------------------------------------------------------------
+# ---- The list of experiments ---------------------------------------------------------------------
 
 
 class Experiment(NamedTuple):
@@ -2703,49 +2448,37 @@ class Experiment(NamedTuple):
     name: str
     command: str
     measure: Callable
-    figures: tuple
+    figures: tuple = ()
     judge: Callable | None = None
     number: Callable | None = None
+    page: Callable | None = None
 
 
 EXPERIMENTS = (
     Experiment(
-        "scaling",
-        "scaling",
-        measure_scaling,
-        (draw_scaling, draw_phases, draw_work),
-        number=number_scaling,
+        "scaling", "scaling", measure_scaling, (draw_scaling, draw_work), number=number_scaling
     ),
-    Experiment("setup", "scaling", measure_setup, (), number=number_setup),
+    Experiment("setup", "scaling", measure_setup, number=number_setup),
     Experiment("total", "total", measure_total, (draw_total,), judge_total, number_total),
     Experiment("peers", "peers", measure_peers, (draw_peers,), number=number_peers),
-    Experiment("data", "data", measure_data, (draw_data,), judge_data, number_data),
+    Experiment("data", "data", measure_data, (), judge_data, number_data, page_data),
     Experiment("ranks", "ranks", measure_ranks, (draw_ranks,), number=number_ranks),
-    Experiment(
-        "contraction", "claims", measure_contraction, (draw_contraction,), judge_contraction
-    ),
-    Experiment("costs", "claims", measure_costs, (), judge_costs),
+    Experiment("contraction", "claims", measure_contraction, judge=judge_contraction),
+    Experiment("costs", "claims", measure_costs, judge=judge_costs),
     Experiment("sparsity", "claims", measure_sparsity, (draw_sparsity,), judge_sparsity),
-    Experiment("trees", "claims", measure_trees, (), judge_trees),
+    Experiment("trees", "claims", measure_trees, judge=judge_trees),
     Experiment("sketches", "claims", measure_sketches, (draw_sketches,), judge_sketches),
     Experiment("ntk", "claims", measure_ntk, (draw_ntk,), judge_ntk),
-    Experiment("norms", "claims", measure_norms, (), judge_norms),
-    Experiment("paths", "claims", measure_paths, (), judge_paths),
-    Experiment("descent", "claims", measure_descent, (), judge_descent),
-    Experiment("shift", "claims", measure_shift, (draw_shift,), judge_shift, number_shift),
-    Experiment(
-        "crossover",
-        "claims",
-        measure_crossover,
-        (draw_crossover,),
-        judge_crossover,
-        number_crossover,
-    ),
+    Experiment("norms", "claims", measure_norms, judge=judge_norms),
+    Experiment("paths", "claims", measure_paths, judge=judge_paths),
+    Experiment("descent", "claims", measure_descent, judge=judge_descent),
+    Experiment("shift", "claims", measure_shift, (), judge_shift, number_shift),
+    Experiment("crossover", "claims", measure_crossover, (), judge_crossover, number_crossover),
 )
 COMMANDS = tuple(dict.fromkeys(experiment.command for experiment in EXPERIMENTS))
 
 
-# ---- Files: plots/*.json, plots/claims.md, README.md ---------------------------------------------
+# ---- Files: plots/*.json, pages of plots/, README.md ---------------------------------------------
 
 
 def environment():
@@ -2795,30 +2528,40 @@ def all_claims(suffix=""):
     return [claim for e in tried for claim in e.judge(read(e.name + suffix)["samples"])]
 
 
-def claims_page(claims):
-    """plots/claims.md: every claim in a table."""
+def page_claims(claims):
+    """plots/claims.md: every claim in a table, and the figures."""
     rows = [["claim", "where", "predicts", "measured: median (range)", "holds"]]
     for claim in claims:
-        cells = [claim.claim, claim.where, claim.predicts, f"{claim.measured}. {claim.comment}"]
+        cells = [claim.claim, claim.source, claim.predicts, f"{claim.measured}. {claim.comment}"]
         cells.append("yes" if claim.holds else "**no**")
         rows.append([cell.replace("|", "\\|") for cell in cells])
-    return (
-        "# Every claim of the paper, and three of our own, measured\n\n"
-        "Written by `python bench.py claims` from the JSON files beside it. The third column names "
-        "the constants that were checked, most of them 1 where the paper leaves them open.\n"
-        f"{sum(claim.holds for claim in claims)} of {len(claims)} hold in the regime that can be "
-        f"reached.\n\n{markdown_table(rows)}\n"
-    )
+    return f"""# Every claim of the paper, and three of our own, measured
+
+Written by `python bench.py claims` from the JSON files beside it. The third column names the
+constants that were checked, most of them 1 where the paper leaves them open. The fourth has
+medians, and in brackets the least and the greatest, over seeds and cases.
+{sum(claim.holds for claim in claims)} of {len(claims)} hold in the regime that can be reached.
+
+{markdown_table(rows)}
+
+## Figures
+
+How sparse the Jacobian is:
+![Active neurons against width](sparsity.png)
+
+How the network tends to its kernel:
+![The shifted kernel](ntk.png)
+
+What sketches of which size do:
+![Distortion against size](sketches.png)
+"""
 
 
 def number_claims(claims):
-    failing = "\n".join(
-        f"- {claim.claim}: {claim.predicts}; measured: {claim.measured} ({claim.where})"
-        for claim in claims
-        if not claim.holds
-    )
-    score = f"{sum(claim.holds for claim in claims)} of {len(claims)}"
-    return {"score": score, "failing": f"\n\n{failing}\n\n"}
+    failing = [claim for claim in claims if not claim.holds]
+    texts = [f"- {c.claim} ({c.source}); {c.predicts}; measured: {c.measured}" for c in failing]
+    score = f"{len(claims) - len(failing)} of {len(claims)}"
+    return {"score": score, "failing": "\n\n{}\n\n".format("\n".join(texts))}
 
 
 def readme_numbers(commands=COMMANDS):
@@ -2826,12 +2569,11 @@ def readme_numbers(commands=COMMANDS):
     numbers = {}
     for command in commands:
         group = [experiment for experiment in EXPERIMENTS if experiment.command == command]
-        found = {experiment.name: read(experiment.name) for experiment in group}
-        for experiment in group:
+        files = [read(experiment.name) for experiment in group]
+        for experiment, file in zip(group, files, strict=True):
             if experiment.number:
-                numbers |= experiment.number(found[experiment.name]["samples"])
-        machine = found[group[0].name]["environment"]
-        minutes = sum(content["seconds"] for content in found.values()) / 60
+                numbers |= experiment.number(file["samples"])
+        machine, minutes = files[0]["environment"], sum(file["seconds"] for file in files) / 60
         processor = f"{machine['cores']} cores of {machine['processor']}"
         numbers[f"{command} took"] = f"{minutes:.1f} minutes on {processor}"
         if any(experiment.judge for experiment in group):
@@ -2844,23 +2586,19 @@ MARK = re.compile(r"<!-- ([^<>]+) -->(.*?)<!-- end -->", re.DOTALL)
 
 def filled(text, numbers):
     """The text of README.md with these numbers between its marks; other marks stay as they are."""
-
-    def number(mark):
-        name = mark[1]
-        return f"<!-- {name} -->{numbers.get(name, mark[2])}<!-- end -->"
-
-    return MARK.sub(number, text)
+    return MARK.sub(
+        lambda mark: f"<!-- {mark[1]} -->{numbers.get(mark[1], mark[2])}<!-- end -->", text
+    )
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def run(experiment, quick, plot_only):
+def carry_out(experiment, suffix, plot_only):
     """Measures, writes and draws one experiment."""
-    suffix = "-quick" if quick else ""  # never overwrites the real figures
     if not plot_only:
         begin = time.perf_counter()
-        samples = experiment.measure(quick)
+        samples = experiment.measure(bool(suffix))
         seconds = time.perf_counter() - begin
         write(experiment.name + suffix, samples, seconds)
         print(f"{experiment.name}: measured in {seconds:.0f} s", file=sys.stderr)
@@ -2869,6 +2607,8 @@ def run(experiment, quick, plot_only):
         figure, name = draw(samples), draw.__name__.removeprefix("draw_")
         figure.savefig(PLOTS / f"{name}{suffix}.png")
         plt.close(figure)
+    if experiment.page:
+        (PLOTS / f"{experiment.name}{suffix}.md").write_text(experiment.page(samples), "utf-8")
     for name, text in (experiment.number(samples) if experiment.number else {}).items():
         print(f"{name}: {text.strip()}")
 
@@ -2880,16 +2620,16 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a small version of it")
     parser.add_argument("--plot-only", action="store_true", help="draw again from the JSON files")
     arguments = parser.parse_args()
+    suffix = "-quick" if arguments.quick else ""  # never overwrites the real files
     plt.rcParams.update(STYLE)
     keep_freed_memory()
-    for experiment in EXPERIMENTS:
-        if experiment.command == arguments.what:
-            run(experiment, arguments.quick, arguments.plot_only)
-    if any(e.judge for e in EXPERIMENTS if e.command == arguments.what):
-        suffix = "-quick" if arguments.quick else ""
+    chosen = [experiment for experiment in EXPERIMENTS if experiment.command == arguments.what]
+    for experiment in chosen:
+        carry_out(experiment, suffix, arguments.plot_only)
+    if any(experiment.judge for experiment in chosen):
         claims = all_claims(suffix)
         print(*number_claims(claims).values())
-        (PLOTS / f"claims{suffix}.md").write_text(claims_page(claims))
+        (PLOTS / f"claims{suffix}.md").write_text(page_claims(claims), "utf-8")
     if not arguments.quick:
         text = filled(README.read_text("utf-8"), readme_numbers([arguments.what]))
         README.write_text(text, "utf-8")

@@ -5634,13 +5634,32 @@ def test_readme_says_what_the_committed_measurements_say():
     text = (HERE / "README.md").read_text("utf-8")
     numbers = bench.readme_numbers()
     names = [mark[1] for mark in bench.MARK.finditer(text)]
-    assert names and set(names) <= set(numbers)
+    assert sorted(names) == sorted(numbers)  # every number is used once, and every mark filled
+    assert text.count("<!--") == 2 * len(names)
     assert bench.filled(text, numbers) == text
 
 
 def test_the_page_of_claims_says_what_the_committed_measurements_say():
     page = (HERE / "plots" / "claims.md").read_text("utf-8")
-    assert page == bench.claims_page(bench.all_claims())
+    assert page == bench.page_claims(bench.all_claims())
+
+
+@pytest.mark.parametrize("experiment", [some for some in bench.EXPERIMENTS if some.page])
+def test_the_page_of_an_experiment_says_what_its_committed_measurements_say(experiment):
+    page = (HERE / "plots" / f"{experiment.name}.md").read_text("utf-8")
+    assert page == experiment.page(bench.read(experiment.name)["samples"])
+
+
+def test_readme_and_pages_show_every_committed_figure_and_link_to_what_exists():
+    pages = [HERE / "README.md", *(HERE / "plots").glob("*.md")]
+    links = [
+        page.parent / link
+        for page in pages
+        for link in re.findall(r"\]\(([^):]+?)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    ]
+    assert all(link.exists() for link in links)
+    figures = {path for path in (HERE / "plots").glob("*.png") if "-quick" not in path.name}
+    assert figures == {link for link in links if link.suffix == ".png"}
 
 
 def test_marks_are_filled_by_name_and_others_stay():
