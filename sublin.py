@@ -486,6 +486,13 @@ def _uniforms(seed, block, stream, out):
 BLOCK = 1 << 14
 
 
+def _normal_vectors(name, stream, shape, attempt=0):
+    """Normal vectors, float32, of a stream of the block with the name (seed, number)."""
+    vectors = np.empty(shape, np.float32)
+    _normals(*name, stream, attempt << 32, vectors.ravel())
+    return vectors
+
+
 @njit(nogil=True)
 def _float32_rounding(d):
     """No product of a starting vector with a point, in float32, is further than this from what it
@@ -578,18 +585,14 @@ class _Start(NamedTuple):
         first, signs = number * BLOCK, self.signs(number)
         if self.stored is not None:
             return self.stored[0][first : first + signs.size], signs
-        name = np.uint64(self.seed), np.uint64(number)
-        vectors = np.zeros((signs.size // self.copies, self.d), np.float32)
+        name, shape = (np.uint64(self.seed), np.uint64(number)), (signs.size // self.copies, self.d)
         if self.law is None:
-            _normals(*name, VECTORS, 0, vectors.ravel())
-            return vectors, signs
+            return _normal_vectors(name, VECTORS, shape), signs
         low, high = np.searchsorted(live, (first, first + signs.size))
-        left = np.ones(len(vectors), bool)
+        vectors, left, attempt = np.zeros(shape, np.float32), np.ones(shape[0], bool), 0
         left[(live[low:high] - first) // 2] = False
-        attempt, again = 0, np.empty_like(vectors)
         while left.any():  # normal numbers until they fire nowhere
-            _normals(*name, DEAD_VECTORS, attempt << 32, again.ravel())
-            vectors[left] = again[left]
+            vectors[left] = _normal_vectors(name, DEAD_VECTORS, shape, attempt)[left]
             _, firsts = self.law.first_firing(vectors[left])
             left[left] = firsts < len(self.law.points)
             attempt += 1
@@ -816,8 +819,8 @@ def _move_up(kept, vectors, products):
 
 
 class _LiveBlocks:
-    """The live twins of a law that are not `known` yet, ascending numbers of both neurons of all
-    twins, block by block: those of its last stage."""
+    """The live twins of a law that are not `known` yet, those of its last stage, block by block.
+    `known` are the ascending numbers of neurons, of both twins always."""
 
     def __init__(self, start, known):
         law = start.law
@@ -852,16 +855,14 @@ class _LiveBlocks:
     def _proposed(self, name, size, known):
         """Of the twins 0, ..., size - 1 of a block those that a proposal makes live, as block() has
         them; and those whose proposal contradicts what is known."""
-        expected = size * self._rate
+        expected, (n, d) = size * self._rate, self._directions.shape
         room, proposals = int(expected + 8 * np.sqrt(expected) + 64), None
         while proposals is None:
-            numbers = size, self._rate, self._tail, len(self._directions), room
-            proposals = _proposals(*name, *numbers)
+            proposals = _proposals(*name, size, self._rate, self._tail, n, room)
             room *= 2
         unknown = ~np.isin(proposals[0], known)
         twins, owners, lengths = (array[unknown] for array in proposals)
-        vectors = np.empty((twins.size, self._start.d), np.float32)
-        _normals(*name, LIVE_VECTORS, 0, vectors.ravel())
+        vectors = _normal_vectors(name, LIVE_VECTORS, (twins.size, d))
         _bend(vectors, owners, lengths, self._directions)
         products, firsts = self._law.first_firing(vectors, owners + 1)
         again = twins[(firsts == owners) & (owners < self._old)]
@@ -872,12 +873,11 @@ class _LiveBlocks:
     def _woken(self, name, twins):
         """Of twins that get normal numbers until they fire on no old point, those that fire on a
         new one, with vectors and products."""
-        woken, attempt = [], 0
+        woken, attempt, (n, d) = [], 0, self._directions.shape
         while twins.size:
-            vectors = np.empty((twins.size, self._start.d), np.float32)
-            _normals(*name, AGAIN, attempt << 32, vectors.ravel())
+            vectors = _normal_vectors(name, AGAIN, (twins.size, d), attempt)
             products, firsts = self._law.first_firing(vectors)
-            found = (firsts >= self._old) & (firsts < len(self._directions))
+            found = (firsts >= self._old) & (firsts < n)
             woken.append((twins[found], vectors[found], products[found]))
             twins, attempt = twins[firsts < self._old], attempt + 1
         return map(np.concatenate, zip(*woken, strict=True))
@@ -1705,7 +1705,7 @@ class _Solver:
     one_thread = 1024  # up to so many points BLAS keeps to one thread
 
     def __init__(self, X, shift):
-        """Most keep something from step to step."""
+        """Nothing is kept from step to step, unless a solver says so."""
 
     def promise(self, J, residual, step, nu, mu):
         """The residual after a step if the network were linear in its weights: that before it less
@@ -1717,8 +1717,8 @@ class _Cholesky(_Solver):
     """Exact, from the Gram matrix and its Cholesky factor [CGH+19, ZMG19]: O(n^3) after the Gram
     matrix."""
 
-    # Threads of BLAS are in the way of ours for a while after each call.
-    one_thread = 4096
+    one_thread = 4096  # fewer take so short that threads of BLAS, which are in the way of ours
+    # for a while after each call, would cost more than they gain
 
     def prepare(self, J, mu):
         self._J, self._system = J, J.gram().copy()
