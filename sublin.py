@@ -1717,8 +1717,9 @@ class _Cholesky(_Solver):
     """Exact, from the Gram matrix and its Cholesky factor [CGH+19, ZMG19]: O(n^3) after the Gram
     matrix."""
 
-    one_thread = 4096  # fewer take so short that threads of BLAS, which are in the way of ours
-    # for a while after each call, would cost more than they gain
+    # A factor for fewer takes so short that threads of BLAS, which are in the way of ours for a
+    # while after each call, would cost more than they gain.
+    one_thread = 4096
 
     def prepare(self, J, mu):
         self._J, self._system = J, J.gram().copy()
