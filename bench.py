@@ -2387,7 +2387,7 @@ def blocks_of(n, d, width):
     """How many blocks the neurons of a network make."""
     X, _ = random_unit_data(n, d)
     law = sublin._Law((X,), sublin.default_shift(width))
-    return -(-width // (2 * law.pairs(width)))
+    return -(-width // (2 * law.twins(width)))
 
 
 def draw_ranks(samples):

@@ -33,6 +33,7 @@ Notation (the paper's symbol, its name here, its meaning, its shape)
                       fit. No others ever change: they are dead
     --      clear     live neurons that cannot flip: counted, not held, drawn again when asked  set
     --      block     neurons that are drawn together; each is held by one rank, which is a process
+    --      twins     neurons 2 k and 2 k + 1 of an antisymmetric start, which share a vector
     --      pair      a neuron r and a point i; it is active if r is in Q_i
     --      flip      a pair that became active, or ceased to be, in a step: the neuron
                       wakes or falls asleep on the point. To fire is to be active
@@ -113,7 +114,7 @@ from numba import njit, types
 from numba.core.caching import FunctionCache
 from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
-from scipy.linalg.lapack import dpotrf, dpotrs, dtrtri
+from scipy.linalg.lapack import dpotrf, dpotrs
 from scipy.sparse.linalg import LinearOperator, cg
 
 __version__ = "1.0.0"
@@ -280,16 +281,12 @@ def ntk_eigenvalue_bounds(X, shift):
     return high * separability(X) / (100 * len(X) ** 2), high
 
 
-@njit(nogil=True)
-def _kernel_from_table(XXt, table, H):
-    """H = XXt times the table's function of sqrt(1 - XXt), by linear interpolation."""
-    scale = (table.size - 1) / math.sqrt(2.0)
-    for i in range(len(H)):
-        for j in range(len(H)):
-            gap = 1.0 - XXt[i, j]
-            place = math.sqrt(gap if gap > 2e-15 else 0.0) * scale
-            k = min(int(place), table.size - 2)
-            H[i, j] = XXt[i, j] * (table[k] + (place - k) * (table[k + 1] - table[k]))
+def _kernel_from_table(XXt, table):
+    """XXt times the table's function of sqrt(1 - XXt), by linear interpolation."""
+    gaps = 1.0 - XXt
+    places = np.sqrt(np.where(gaps > 2e-15, gaps, 0.0)) * ((table.size - 1) / math.sqrt(2.0))
+    k = np.minimum(places.astype(int), table.size - 2)
+    return XXt * (table[k] + (places - k) * np.diff(table)[k])
 
 
 def _second_over_first(X, y, shift, width, regularisation):
@@ -306,15 +303,14 @@ def _second_over_first(X, y, shift, width, regularisation):
     The squared lengths are near y^T g and e^T (H + r P I)^-1 e, of which the mean over a few e of
     random signs is taken. Outputs at the start count as 0. O(n^3).
     """
-    n = len(X)
-    XXt, H = X @ X.T, np.empty((n, n))
+    n, XXt = len(X), X @ X.T
     # Owen's function for every entry would take longer than a step. P(both) is smooth in the root.
     rho = np.maximum(1.0 - np.linspace(0.0, math.sqrt(2.0), 2049) ** 2, -1.0)
-    _kernel_from_table(XXt, _both_fire(rho, shift), H)
+    H = _kernel_from_table(XXt, _both_fire(rho, shift))
     fires = scipy.special.ndtr(-shift)
     squares = np.multiply(XXt, H, out=XXt)
     H.ravel()[:: n + 1] += max(regularisation, 1e-7) * fires
-    triangle, failed = _cholesky(H)
+    triangle, failed = dpotrf(H.T, lower=False, clean=False, overwrite_a=True)
     if failed:
         return np.inf
     step, _ = dpotrs(triangle, y, lower=False)
@@ -490,6 +486,13 @@ def _uniforms(seed, block, stream, out):
 BLOCK = 1 << 14
 
 
+def _normal_vectors(name, stream, shape, attempt=0):
+    """Normal vectors, float32, of a stream of the block with the name (seed, number)."""
+    vectors = np.empty(shape, np.float32)
+    _normals(*name, stream, attempt << 32, vectors.ravel())
+    return vectors
+
+
 @njit(nogil=True)
 def _float32_rounding(d):
     """No product of a starting vector with a point, in float32, is further than this from what it
@@ -517,8 +520,8 @@ class _Start(NamedTuple):
     """The weights before training, which are drawn again whenever they are asked for.
 
     With init="antisymmetric" the neurons 2 k and 2 k + 1 share a vector and have signs +1 and -1,
-    so that f = 0 at the start. With a `law`, live pairs of them are drawn first, as _LiveBlocks
-    has it, and the others where somebody asks for them.
+    so that f = 0 at the start: they are twins. With a `law`, live ones are drawn first, as
+    _LiveBlocks has it, and the others where somebody asks for them.
     """
 
     seed: int
@@ -537,11 +540,11 @@ class _Start(NamedTuple):
     @property
     def block_size(self):
         """How many neurons make a block; block k is that of the rank k mod the number of ranks."""
-        return BLOCK if self.law is None else 2 * self.law.pairs(self.width)
+        return BLOCK if self.law is None else 2 * self.law.twins(self.width)
 
     @property
     def draws_live(self):
-        """Whether live pairs are drawn without the others."""
+        """Whether live twins are drawn without the others."""
         return self.law is not None and not self.law.seen
 
     @property
@@ -582,20 +585,16 @@ class _Start(NamedTuple):
         first, signs = number * BLOCK, self.signs(number)
         if self.stored is not None:
             return self.stored[0][first : first + signs.size], signs
-        name, count = (np.uint64(self.seed), np.uint64(number)), signs.size // self.copies
-        vectors = np.zeros((count, self.d), np.float32)
+        name, shape = (np.uint64(self.seed), np.uint64(number)), (signs.size // self.copies, self.d)
         if self.law is None:
-            _normals(*name, VECTORS, 0, vectors.ravel())
-            return vectors, signs
+            return _normal_vectors(name, VECTORS, shape), signs
         low, high = np.searchsorted(live, (first, first + signs.size))
-        left = np.ones(count, bool)
+        vectors, left, attempt = np.zeros(shape, np.float32), np.ones(shape[0], bool), 0
         left[(live[low:high] - first) // 2] = False
-        attempt, again = 0, np.empty_like(vectors)
         while left.any():  # normal numbers until they fire nowhere
-            _normals(*name, DEAD_VECTORS, attempt << 32, again.ravel())
-            places = np.flatnonzero(left)
-            vectors[places] = again[places]
-            left[places] = self.law.fires(vectors[places])
+            vectors[left] = _normal_vectors(name, DEAD_VECTORS, shape, attempt)[left]
+            _, firsts = self.law.first_firing(vectors[left])
+            left[left] = firsts < len(self.law.points)
             attempt += 1
         return vectors, signs
 
@@ -631,9 +630,9 @@ class _Start(NamedTuple):
         return _one_by_one(self.groups(of_each, live, report))
 
     def shown(self):
-        """These weights once somebody has seen those of dead neurons, which later fits with other
-        points may then wake, but not draw anew."""
-        return self if self.law is None else self._replace(law=self.law._replace(seen=True))
+        """These weights, under a law, once somebody has seen those of dead neurons, which later
+        fits with other points may then wake, but not draw anew."""
+        return self._replace(law=self.law._replace(seen=True))
 
 
 def _one_by_one(groups):
@@ -659,19 +658,19 @@ def _in_groups(of_block, blocks, count, size, report):
 
 
 # --------------------------------------------------------------------------------------------------
-# Live pairs only
+# Live twins only
 # --------------------------------------------------------------------------------------------------
 #
-# With antisymmetric pairs only vectors that fire on some training point matter: the others cancel,
-# and never move. Each of the m / 2 pairs is live independently of the others, its vector then
-# having the law of N(0, I) given max_i <w, x_i> >= b. It is drawn without the others:
+# Of antisymmetric twins only those matter whose vector fires on some training point: the others
+# cancel, and never move. Twins are live independently of others, and the vector of live ones has
+# the law of N(0, I) given max_i <w, x_i> >= b. It is drawn without the others:
 #
-#     a pair gets a *proposal* with probability rate = n phi(b) / b, a little above n P(Z >= b);
+#     twins get a *proposal* with probability rate = n phi(b) / b, a little above n P(Z >= b);
 #     the gaps between those that do are geometric;
 #     a proposal is a uniform point x_i and z = sqrt(b^2 + 2 E), E exponential, which is refused
 #     with probability 1 - b / z: a normal number beyond b (Marsaglia's tail);
 #     its vector is w = g + (z - <g, x_i>) x_i, g ~ N(0, I), whose product with x_i is z;
-#     it is the pair's vector, and the pair is live, if x_i is the *first* point that w fires on.
+#     it is the twins' vector, and they are live, if x_i is the *first* point that w fires on.
 #
 # Every live vector can come from each of the points that it fires on, with its own density; the
 # last line lets one of them count. So n proposals of probability P(Z >= b) each add up to the
@@ -680,17 +679,17 @@ def _in_groups(of_block, blocks, count, size, report):
 # In float32 the products of w are off by rounding. So z begins a little below b, and whether w
 # fires is decided by its products in float64, after rounding.
 #
-# Points that a later fit adds are treated alike, given what is known: pairs not known to be live
+# Points that a later fit adds are treated alike, given what is known: twins not known to be live
 # fire on no point seen before. Proposals are made for the points seen and the new ones, in this
-# order. A pair whose first point is new is newly live; of one whose first point is not new, the
+# order. Twins whose first point is new are newly live; where the first point is not new, the
 # proposal contradicts what is known, and normal numbers are drawn until they do not.
 
-# Live pairs are drawn in blocks of about so many proposals.
+# Live twins are drawn in blocks of about so many proposals.
 PROPOSED = 1 << 13
 
 NOBODY = np.zeros(0, np.int64)
 
-# Where the rate is higher all pairs are drawn: proposals take as long as they, and more.
+# Where the rate is higher all twins are drawn: proposals take as long as they, and more.
 HIGHEST_RATE = 0.75
 
 
@@ -716,22 +715,25 @@ class _Law(NamedTuple):
 
     @property
     def rate(self):
-        """Proposals a pair, n phi(t) / t for the tail t: a probability where it is below 1."""
+        """Proposals for twins, n phi(t) / t for the tail t: a probability where it is below 1."""
         t = self.tail
         if t <= 0:
             return math.inf
         return len(self.points) * math.exp(-0.5 * t * t) / (t * math.sqrt(2.0 * math.pi))
 
-    def pairs(self, width):
-        """How many pairs a block has."""
+    def twins(self, width):
+        """How many twins a block has."""
         return max(BLOCK // 2, int(min(PROPOSED / max(self.rate, 1e-300), width // 2)))
 
-    def fires(self, vectors):
-        """Which of the vectors (k, d) float32 fire on some point (k,)."""
-        X = self.points
+    def first_firing(self, vectors, limits=None):
+        """Products of the vectors (k, d) with all n points (k, n), both in float32; and the first
+        of the points 0, ..., limits[k] - 1, or of all, on which each of them fires, or limits[k],
+        or n, if there is none."""
+        X, shift = self.points, self.shift
         products = vectors @ X.T.astype(np.float32)
-        limits, rounding = np.full(len(vectors), len(X)), _float32_rounding(X.shape[1])
-        return _first_firing(products, vectors, limits, X, self.shift, rounding) < limits
+        limits = np.full(len(vectors), len(X)) if limits is None else limits
+        rounding = _float32_rounding(X.shape[1])
+        return products, _first_firing(products, vectors, limits, X, shift, rounding)
 
     def with_points(self, X):
         """This law after a fit on points X, of which those not seen before are added."""
@@ -763,21 +765,21 @@ def _first_firing(products, vectors, limits, X, shift, rounding):
 
 
 @njit(nogil=True, error_model="numpy")
-def _proposals(seed, block, pairs, rate, tail, n, room):
-    """Proposals for the pairs 0, ..., pairs - 1 of a block, of probability `rate` each: (pairs,
+def _proposals(seed, block, twins, rate, tail, n, room):
+    """Proposals for the twins 0, ..., twins - 1 of a block, of probability `rate` each: (twins,
     points, products with them), the products being normal numbers beyond `tail`. None if there are
     more than `room`."""
     found, points, lengths = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room)
     uniform = np.empty((room, 4))
     _uniforms(seed, block, PROPOSALS, uniform.ravel())
-    pair, k, scale = -1.0, 0, 1.0 / np.log1p(-rate)
+    place, k, scale = -1.0, 0, 1.0 / np.log1p(-rate)
     for p in range(room):
-        pair += 1.0 + np.floor(np.log(uniform[p, 0]) * scale)
-        if pair >= pairs:
+        place += 1.0 + np.floor(np.log(uniform[p, 0]) * scale)
+        if place >= twins:
             return found[:k], points[:k], lengths[:k]
         length = np.sqrt(tail * tail - 2.0 * np.log(uniform[p, 2]))
         if uniform[p, 3] * length <= tail:
-            found[k], points[k], lengths[k] = np.int64(pair), np.int64(uniform[p, 1] * n), length
+            found[k], points[k], lengths[k] = np.int64(place), np.int64(uniform[p, 1] * n), length
             k += 1
     return None
 
@@ -817,89 +819,79 @@ def _move_up(kept, vectors, products):
 
 
 class _LiveBlocks:
-    """The live pairs of a law that are not `known` yet, ascending numbers of both neurons of each
-    pair, block by block: those of its last stage."""
+    """The live twins of a law that are not `known` yet, those of its last stage, block by block.
+    `known` are the ascending numbers of neurons, of both twins always."""
 
     def __init__(self, start, known):
         law = start.law
-        self._start, self._known = start, known[::2] // 2
-        self._X, self._shift = law.points, law.shift
-        self._old = sum(map(len, law.stages[:-1]))  # points that the known pairs were tested on
-        lengths = np.linalg.norm(self._X, axis=1)
-        self._directions = (self._X / lengths[:, None]).astype(np.float32)
-        self._X32 = self._X.astype(np.float32)
-        self._rounding = _float32_rounding(start.d)
-        self._tail, self._rate = law.tail, law.rate
-        self._pairs = law.pairs(start.width)
-        self.count = -(-start.width // (2 * self._pairs))
+        self._start, self._law, self._known = start, law, known[::2] // 2
+        self._old = sum(map(len, law.stages[:-1]))  # points that the known twins were tested on
+        X = law.points
+        self._directions = (X / np.linalg.norm(X, axis=1)[:, None]).astype(np.float32)
+        self._tail, self._rate, self._size = law.tail, law.rate, law.twins(start.width)
+        self.count = -(-start.width // (2 * self._size))
 
     def block(self, number):
-        """Pairs (k,), ascending, their vectors (k, d), and the products of these with all points
+        """Twins (k,), ascending, their vectors (k, d), and the products of these with all points
         (k, n) in float32."""
-        first = number * self._pairs
-        size = min(self._pairs, self._start.width // 2 - first)
-        stage = len(self._start.law.stages) - 1
+        first = number * self._size
+        size = min(self._size, self._start.width // 2 - first)
+        stage = len(self._law.stages) - 1
         name = np.uint64(self._start.seed), np.uint64(number | stage << 40)
         low, high = np.searchsorted(self._known, (first, first + size))
         known = self._known[low:high] - first
         if self._rate > HIGHEST_RATE:  # in a later stage only: all that are not known, drawn again
-            pairs, vectors = NOBODY, np.zeros((0, self._start.d), np.float32)
-            again, products = np.setdiff1d(np.arange(size), known), vectors @ self._X32.T
+            n, d = self._directions.shape
+            live = NOBODY, np.zeros((0, d), np.float32), np.zeros((0, n), np.float32)
+            again = np.setdiff1d(np.arange(size), known)
         else:
-            pairs, owners, lengths = self._proposals(name, size)
-            if known.size:
-                new = ~np.isin(pairs, known)
-                pairs, owners, lengths = pairs[new], owners[new], lengths[new]
-            vectors = np.empty((pairs.size, self._start.d), np.float32)
-            _normals(*name, LIVE_VECTORS, 0, vectors.ravel())
-            _bend(vectors, owners, lengths, self._directions)
-            products = vectors @ self._X32.T
-            kept = self._first_firing(products, vectors, owners + 1) == owners
-            again = pairs[kept & (owners < self._old)]
-            kept &= owners >= self._old
-            pairs, count = pairs[kept], _move_up(kept, vectors, products)
-            vectors, products = vectors[:count], products[:count]
+            live, again = self._proposed(name, size, known)
         if again.size:
-            both = zip((pairs, vectors, products), self._woken(name, again), strict=True)
-            pairs, vectors, products = _in_order(*map(np.concatenate, both))
-        return first + pairs, vectors, products
+            both = zip(live, self._woken(name, again), strict=True)
+            live = _in_order(*map(np.concatenate, both))
+        twins, vectors, products = live
+        return first + twins, vectors, products
 
-    def _proposals(self, name, size):
-        """For the pairs 0, ..., size - 1 of a block."""
-        expected = size * self._rate
+    def _proposed(self, name, size, known):
+        """Of the twins 0, ..., size - 1 of a block those that a proposal makes live, as block() has
+        them; and those whose proposal contradicts what is known."""
+        expected, (n, d) = size * self._rate, self._directions.shape
         room, proposals = int(expected + 8 * np.sqrt(expected) + 64), None
         while proposals is None:
-            proposals = _proposals(*name, size, self._rate, self._tail, len(self._X), room)
+            proposals = _proposals(*name, size, self._rate, self._tail, n, room)
             room *= 2
-        return proposals
+        unknown = ~np.isin(proposals[0], known)
+        twins, owners, lengths = (array[unknown] for array in proposals)
+        vectors = _normal_vectors(name, LIVE_VECTORS, (twins.size, d))
+        _bend(vectors, owners, lengths, self._directions)
+        products, firsts = self._law.first_firing(vectors, owners + 1)
+        again = twins[(firsts == owners) & (owners < self._old)]
+        live = (firsts == owners) & (owners >= self._old)
+        count = _move_up(live, vectors, products)
+        return (twins[live], vectors[:count], products[:count]), again
 
-    def _first_firing(self, products, vectors, limits):
-        return _first_firing(products, vectors, limits, self._X, self._shift, self._rounding)
-
-    def _woken(self, name, pairs):
-        """Of pairs that get normal numbers until they fire on no old point, those that fire on a
+    def _woken(self, name, twins):
+        """Of twins that get normal numbers until they fire on no old point, those that fire on a
         new one, with vectors and products."""
-        woken, attempt, n = [], 0, len(self._X)
-        while pairs.size:
-            vectors = np.empty((pairs.size, self._start.d), np.float32)
-            _normals(*name, AGAIN, attempt << 32, vectors.ravel())
-            products = vectors @ self._X32.T
-            firsts = self._first_firing(products, vectors, np.full(pairs.size, n))
+        woken, attempt, (n, d) = [], 0, self._directions.shape
+        while twins.size:
+            vectors = _normal_vectors(name, AGAIN, (twins.size, d), attempt)
+            products, firsts = self._law.first_firing(vectors)
             found = (firsts >= self._old) & (firsts < n)
-            woken.append((pairs[found], vectors[found], products[found]))
-            pairs, attempt = pairs[firsts < self._old], attempt + 1
+            woken.append((twins[found], vectors[found], products[found]))
+            twins, attempt = twins[firsts < self._old], attempt + 1
         return map(np.concatenate, zip(*woken, strict=True))
 
-    def vectors(self, pairs):
-        """The vectors of some live pairs (k, d), from the blocks that hold them."""
-        order = np.argsort(pairs)
-        numbers, firsts = np.unique(pairs[order] // self._pairs, return_index=True)
-        found = np.empty((pairs.size, self._start.d), np.float32)
+    def vectors(self, twins):
+        """The vectors of some live twins (k, d), from the blocks that hold them."""
+        order = np.argsort(twins)
+        numbers, firsts = np.unique(twins[order] // self._size, return_index=True)
+        found = np.empty((twins.size, self._start.d), np.float32)
 
         def fill(task):
             number, these = task
             held, vectors, _ = self.block(number)
-            found[these] = vectors[np.searchsorted(held, pairs[these])]
+            found[these] = vectors[np.searchsorted(held, twins[these])]
 
         with _one_blas_thread():
             parts = np.split(order, firsts[1:])[: numbers.size]
@@ -908,7 +900,7 @@ class _LiveBlocks:
         return found
 
     def groups(self, work, report):
-        """work(pairs, vectors, products) of every block of this rank, in groups as _in_groups
+        """work(twins, vectors, products) of every block of this rank, in groups as _in_groups
         yields them."""
         blocks, size = self._start.ranks.own_blocks(self.count), PROPOSED * self._start.d
         return _in_groups(lambda k: work(*self.block(k)), blocks, len(blocks), size, report)
@@ -916,14 +908,12 @@ class _LiveBlocks:
 
 def _seed(random_state):
     """64-bit seed from what scikit-learn accepts, or from a Generator."""
-    if random_state is None:
-        return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+    if random_state is None or isinstance(random_state, np.random.Generator):
+        return int(np.random.default_rng(random_state).integers(1 << 63))
+    if random_state is np.random:  # NumPy's own global state
+        random_state = np.random.mtrand._rand
     if isinstance(random_state, np.random.RandomState):
         return int(random_state.randint(1 << 31))
-    if isinstance(random_state, np.random.Generator):
-        return int(random_state.integers(1 << 63))
-    if random_state is np.random:  # NumPy's own global state
-        return _seed(np.random.mtrand._rand)
     seed = _check_integer("random_state", random_state, 0)
     if seed >= 1 << 64:
         raise ValueError(f"random_state must be below 2^64, got {seed}")
@@ -1013,32 +1003,27 @@ def _mend_ancestors(rows, levels, nodes, level=0):
 
 
 @njit(nogil=True, fastmath=FAST)
-def _count_reaching(rows, first, groups, tau, first_point, end_point, counts, low, high):
-    """counts of the points i in [first_point, end_point) with rows[r, i] >= tau, for every row r of
-    the groups of siblings low, ..., high - 1 of those given."""
+def _count_reaching(rows, first, groups, tau, counts, low, high):
+    """counts of the points i with rows[r, i] >= tau, for every row r of the groups of siblings
+    low, ..., high - 1 of those given."""
     one, zero = rows.dtype.type(1), rows.dtype.type(0)  # of the rows' type, for full vectors
     for q in range(low, high):
         for k in range(FAN_OUT):
-            row, count = rows[first + groups[q] * FAN_OUT + k, first_point:end_point], zero
+            row, count = rows[first + groups[q] * FAN_OUT + k], zero
             for i in range(row.size):
                 count += one if row[i] >= tau else zero
             counts[q * FAN_OUT + k] = np.int64(count)
 
 
 @njit(nogil=True, fastmath=FAST)
-def _report(rows, neurons, offsets, tau, first_point, end_point, points, values, low, high):
-    """Points in [first_point, end_point) on which the leaves of the neurons low, ..., high - 1 of
-    those given reach tau, and the leaves' values there."""
+def _report(rows, neurons, offsets, tau, points, values, low, high):
+    """Points on which the leaves of the neurons low, ..., high - 1 of those given reach tau, and
+    the leaves' values there."""
     for q in range(low, high):
-        row, e, i = rows[neurons[q], first_point:end_point], offsets[q], 0
-        if offsets[q + 1] - e == 1:  # most fire once: a sum over the row finds the place by vectors
-            place = np.int32(0)
-            for z in range(row.size):
-                place = np.int32(place + (np.int32(z) if row[z] >= tau else np.int32(0)))
-            i = np.int64(place)
+        row, e, i = rows[neurons[q]], offsets[q], 0
         while e < offsets[q + 1]:
             if row[i] >= tau:
-                points[e], values[e] = first_point + i, row[i]
+                points[e], values[e] = i, row[i]
                 e += 1
             i += 1
 
@@ -1054,48 +1039,43 @@ def _least_at_or_above(tau, dtype):
         return np.nextafter(least, dtype.type(np.inf)) if float(least) < float(tau) else least
 
 
-def _query(rows, levels, low, high, tau):
-    """Algorithm 4 for the trees low, ..., high - 1 at once: descend from the top into every group
-    that reaches tau.
+def _query(rows, levels, tau):
+    """Algorithm 4 for all trees at once, or those of some columns of `rows`: descend from the top
+    into every group that reaches tau.
 
     Returns the active sets; the products of the active pairs; the number of nodes touched, for one
     tree at most FAN_OUT x levels x max(1, leaves reported); and the number of leaf rows compared,
     with padding. Given levels of height one it compares every leaf.
     """
-    least = _least_at_or_above(tau, rows.dtype)
+    tau, n = _least_at_or_above(tau, rows.dtype), rows.shape[1]
     groups = np.arange((levels[-1] - levels[-2]) // FAN_OUT)
     touched = 0
     for first in levels[-2::-1]:
         counts = np.empty(groups.size * FAN_OUT, np.int64)
-        work = counts.size * (high - low)
-        where = rows, first, groups, least, low, high, counts
-        _over_items(_count_reaching, groups.size, work, *where)
-        touched += work
+        where = rows, first, groups, tau, counts
+        _over_items(_count_reaching, groups.size, counts.size * n, *where)
+        touched += counts.size * n
         reached = np.flatnonzero(counts)
         groups = groups[reached // FAN_OUT] * FAN_OUT + reached % FAN_OUT
     neurons, offsets = groups, np.append(0, np.cumsum(counts[reached]))
     points, values = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], rows.dtype)
-    where = rows, neurons, offsets, least, low, high, points, values
-    _over_items(_report, neurons.size, neurons.size * (high - low), *where)
+    where = rows, neurons, offsets, tau, points, values
+    _over_items(_report, neurons.size, neurons.size * n, *where)
     return ActiveSets(neurons, offsets, points), values, touched, counts.size
 
 
-@njit(nogil=True)
+def _transposed(indptr, indices, columns):
+    """The transpose, in CSR too, of a matrix of so many columns in CSR whose entries are 0 or 1."""
+    ones = np.ones(indices.size, bool)
+    by_column = scipy.sparse.csr_matrix((ones, indices, indptr), (indptr.size - 1, columns)).tocsc()
+    return by_column.indptr.astype(np.int64), by_column.indices.astype(np.int64)
+
+
 def _by_point(active, n):
     """The pairs of ActiveSets by point: (indptr, indices), the neurons active on point i being
     indices[indptr[i]:indptr[i + 1]]."""
-    indptr = np.zeros(n + 1, np.int64)
-    for i in active.points:
-        indptr[i + 1] += 1
-    indptr = np.cumsum(indptr)
-    free = indptr[:-1].copy()
-    indices = np.empty(active.points.size, np.int64)
-    for q in range(active.neurons.size):
-        for e in range(active.offsets[q], active.offsets[q + 1]):
-            i = active.points[e]
-            indices[free[i]] = active.neurons[q]
-            free[i] += 1
-    return indptr, indices
+    indptr, slots = _transposed(active.offsets, active.points, n)
+    return indptr, active.neurons[slots]
 
 
 class MaxTrees:
@@ -1140,7 +1120,8 @@ class MaxTrees:
         """Algorithm 4: ascending int64 indices j with <w_j, x_i> >= tau, k of them, in
         O((1 + k) log m)."""
         i = _check_index("i", i, len(self.X))
-        active, _, touched, _ = _query(self._rows, self._levels, i, i + 1, _check_threshold(tau))
+        column = self._rows[:, i : i + 1]
+        active, _, touched, _ = _query(column, self._levels, _check_threshold(tau))
         self.touched += touched
         return active.neurons
 
@@ -1152,10 +1133,9 @@ class MaxTrees:
         A group of siblings is read for all points as soon as one of them reaches tau there:
         O(n (1 + |K|) log m) for the set K of reported neurons.
         """
-        n = len(self.X)
-        active, _, touched, _ = _query(self._rows, self._levels, 0, n, _check_threshold(tau))
+        active, _, touched, _ = _query(self._rows, self._levels, _check_threshold(tau))
         self.touched += touched
-        return _by_point(active, n)
+        return _by_point(active, len(self.X))
 
     def update(self, j, w):
         """Algorithm 3: replaces w_j by w (d,) in O(n (d + log m))."""
@@ -1216,9 +1196,7 @@ def _grouped(neurons, points):
 
 def _by_neuron(indptr, indices, m):
     """ActiveSets of m neurons, from pairs in CSR by point."""
-    # Points and neurons change roles: _by_point turns pairs round.
-    by_point = ActiveSets(np.arange(indptr.size - 1), indptr, indices)
-    offsets, points = _by_point(by_point, m)
+    offsets, points = _transposed(indptr, indices, m)
     neurons = np.flatnonzero(np.diff(offsets))
     return ActiveSets(neurons, np.append(offsets[neurons], offsets[-1]), points)
 
@@ -1341,24 +1319,16 @@ def _pack_by_point(active, words, first, end):
 
 @njit(nogil=True)
 def _count_common(words, times, counts, low, high):
-    """Adds `times` C of these words, by point, to counts: entries with j <= i, low <= i < high."""
+    """Adds `times` C of these words, by point, to counts: entries (i, j) and (j, i) with j <= i,
+    low <= i < high."""
     for i in range(low, high):
         for j in range(i + 1):
             shared = np.uint64(0)
             for z in range(words.shape[1]):
                 shared += _population(words[i, z] & words[j, z])
             counts[i, j] += times * np.int32(shared)
-
-
-@njit(nogil=True)
-def _mirror(counts):
-    """Copies what is below the diagonal above it, by tiles that stay in cache."""
-    n, tile = len(counts), 16
-    for top in range(0, n, tile):
-        for left in range(0, top + 1, tile):
-            for j in range(left, min(left + tile, n)):
-                for i in range(max(top, j + 1), min(top + tile, n)):
-                    counts[j, i] = counts[i, j]
+            if j < i:
+                counts[j, i] += times * np.int32(shared)
 
 
 def _add_coactivity(words, counts, times=1):
@@ -1370,7 +1340,6 @@ def _add_coactivity(words, counts, times=1):
         _count_common(words, np.int32(times), counts, edges[low], edges[high])
 
     _in_threads(of_share, words.size * len(words) // 16)
-    _mirror(counts)
 
 
 # Cost of two words and their common bits, in that of a neuron counted for two points.
@@ -1390,7 +1359,7 @@ def _coactivity(active, n):
 
         _in_threads(of_share, pairs, len(of_threads))
         counts = of_threads.sum(axis=0, dtype=np.int32)
-        _mirror(counts)
+        counts += np.tril(counts, -1).T
         return counts
     counts, words = np.zeros((n, n), np.int32), np.zeros((n, -(-size // 64)), np.uint64)
     _over_items(partial(_pack_by_point, active, words), words.shape[1], active.points.size)
@@ -1445,14 +1414,12 @@ class SparseJacobian(LinearOperator):
         search.live, which permutes the blocks of J and leaves G as it is."""
         J = cls.__new__(cls)
         J._bind(search.X, search.XXt, search.width)
-        J.active, J.flips = search.active, search.flips
-        J._signs = search.signs[search.active.neurons]
+        J.active, J._signs = search.active, search.signs[search.active.neurons]
         return J
 
     def _bind(self, X, XXt, width):
         super().__init__(np.dtype(float), (len(X), width * X.shape[1]))
         self.X, self._XXt, self.width = X, XXt, width
-        self.flips = 0  # pairs that have flipped in training up to here
 
     @_quiet
     def _matvec(self, u):
@@ -1498,8 +1465,7 @@ class SparseJacobian(LinearOperator):
     @cached_property
     def _slots(self):
         """Active sets in CSR by point, a neuron being named by its place in active.neurons."""
-        places = np.arange(self.active.neurons.size)
-        return _by_point(self.active._replace(neurons=places), len(self.X))
+        return _transposed(self.active.offsets, self.active.points, len(self.X))
 
     def tocsr(self):
         """J as a scipy.sparse.csr_matrix (n, m d) with nnz d stored entries."""
@@ -1556,14 +1522,15 @@ def _gaussian_times(X, active, signs, key, out, low, high):
 
 
 @njit(nogil=True)
-def _hadamard_times(indptr, neurons, signs, rows, out, low, high):
-    """out[i, s] = sum over r in Q_i of signs (-1)^popcount(rows[s] & r), rows of a Hadamard matrix,
-    for the points low, ..., high - 1."""
+def _hadamard_times(indptr, slots, neurons, signs, key, rows, out, low, high):
+    """out[i, s] = sum over r in Q_i of signs[r] h(r) (-1)^popcount(rows[s] & r) with hashed signs
+    h, rows of a Hadamard matrix, for the points low, ..., high - 1."""
     for i in range(low, high):
-        for z in range(indptr[i], indptr[i + 1]):
+        for q in slots[indptr[i] : indptr[i + 1]]:
+            sign = -signs[q] if _hash(key, np.uint64(neurons[q])) & np.uint64(1) else signs[q]
             for s in range(rows.size):
-                parity = _population(np.uint64(rows[s] & neurons[z])) & np.uint64(1)
-                out[i, s] += -signs[z] if parity else signs[z]
+                parity = _population(np.uint64(rows[s] & neurons[q])) & np.uint64(1)
+                out[i, s] += -sign if parity else sign
 
 
 @njit(nogil=True)
@@ -1581,25 +1548,16 @@ def _sparse_sign_times(X, indptr, slots, neurons, signs, key, out, low, high):
             if length == 0:
                 continue
             totals = np.zeros(length)
-            for z in range(indptr[i], indptr[i + 1]):
-                bits = _hash(key, np.uint64(neurons[slots[z]] * SPARSITY + j))
+            for q in slots[indptr[i] : indptr[i + 1]]:
+                bits = _hash(key, np.uint64(neurons[q] * SPARSITY + j))
                 offset = np.int64(((bits >> np.uint64(32)) * np.uint64(length)) >> np.uint64(32))
-                totals[offset] += -signs[slots[z]] if bits & np.uint64(1) else signs[slots[z]]
+                totals[offset] += -signs[q] if bits & np.uint64(1) else signs[q]
             unwound = np.zeros(length + d)
             for offset in np.flatnonzero(totals):
                 for k in range(d):
                     unwound[offset + k] += totals[offset] * X[i, k]
             for k in range(unwound.size):
                 out[i, first + k % length] += unwound[k]
-
-
-@njit(nogil=True)
-def _random_signs(key, counters):
-    """A sign +1 or -1 for every counter."""
-    signs = np.empty(counters.size)
-    for q in range(counters.size):
-        signs[q] = 1.0 - 2.0 * np.float64(_hash(key, np.uint64(counters[q])) & np.uint64(1))
-    return signs
 
 
 def _walsh_hadamard(A):
@@ -1622,10 +1580,6 @@ def _check_sketch(J, size, rng):
     return _check_integer("size", size, 1), np.random.default_rng(rng)
 
 
-def _key(rng):
-    return np.uint64(rng.integers(1 << 63))
-
-
 @_quiet
 def gaussian_sketch(J, size, rng):
     """S J^T (size, n) for S (size, m d) of independent N(0, 1 / size) entries.
@@ -1642,7 +1596,8 @@ def gaussian_sketch(J, size, rng):
     size, rng = _check_sketch(J, size, rng)
     out = np.zeros((size, len(J.X)))
     work = J.active.neurons.size * size * J.X.shape[1]
-    _over_items(_gaussian_times, size, work, J.X, J.active, J._signs, _key(rng), out)
+    key = rng.integers(1 << 63, dtype=np.uint64)
+    _over_items(_gaussian_times, size, work, J.X, J.active, J._signs, key, out)
     return out / np.sqrt(J.width * size)
 
 
@@ -1671,11 +1626,9 @@ def srht_sketch(J, size, rng):
     neuron_rows = rng.integers(1 << max(J.width - 1, 0).bit_length(), size=size)
     signed_X = J.X * (1 - 2 * rng.integers(2, size=d))
     coordinates = _walsh_hadamard(np.pad(signed_X, ((0, 0), (0, order - d))))
-    indptr, slots = J._slots
-    signs = J._signs * _random_signs(_key(rng), J.active.neurons)
-    neurons = np.zeros((n, size))
-    where = indptr, J.active.neurons[slots], signs[slots], neuron_rows, neurons
-    _over_items(_hadamard_times, n, slots.size * size, *where)
+    key, neurons = rng.integers(1 << 63, dtype=np.uint64), np.zeros((n, size))
+    where = *J._slots, J.active.neurons, J._signs, key, neuron_rows, neurons
+    _over_items(_hadamard_times, n, J.active.points.size * size, *where)
     return (neurons * coordinates[:, coordinate_rows]).T / np.sqrt(J.width * size)
 
 
@@ -1701,10 +1654,9 @@ def sparse_sign_sketch(J, size, rng):
     size, rng = _check_sketch(J, size, rng)
     n, d = J.X.shape
     X = J.X * (1 - 2 * rng.integers(2, size=d))
-    indptr, slots = J._slots
-    out = np.zeros((n, size))
-    where = X, indptr, slots, J.active.neurons, J._signs, _key(rng), out
-    _over_items(_sparse_sign_times, n, slots.size * SPARSITY * 4, *where)
+    key, out = rng.integers(1 << 63, dtype=np.uint64), np.zeros((n, size))
+    where = X, *J._slots, J.active.neurons, J._signs, key, out
+    _over_items(_sparse_sign_times, n, J.active.points.size * SPARSITY * 4, *where)
     return out.T / np.sqrt(J.width * min(size, SPARSITY))
 
 
@@ -1716,27 +1668,27 @@ SKETCHES = {"sparse": sparse_sign_sketch, "srht": srht_sketch, "gaussian": gauss
 # ==================================================================================================
 #
 # A solver is made for one training, from a problem's points and threshold, and keeps what outlives
-# a step: a tolerance, a generator, a rate, an earlier factor. In each step prepare(J, mu) makes
-# what the system is solved from, the Gram matrix or a sketch, and solve(residual) returns g and
-# the number of inner iterations; their mu includes nu, while promise() gets the two apart. Singular
-# systems raise LinAlgError.
+# a step: a tolerance, a generator, a rate. In each step prepare(J, mu) makes what the system is
+# solved from, the Gram matrix or a sketch, and solve(residual) returns g and the number of inner
+# iterations; their mu includes nu, while promise() gets the two apart. Singular systems raise
+# LinAlgError.
 
 
 def _singular_error(J, otherwise=""):
     """LinAlgError that says why the Gram matrix is singular and what to do; `otherwise` is added
     where a sketch may be to blame."""
     silent = np.flatnonzero(J.active_counts() == 0)
-    twins = np.argwhere(np.tril(J._XXt, -1) > 1 - 1e-12)
+    equal = np.argwhere(np.tril(J._XXt, -1) > 1 - 1e-12)
     remedy = "a larger width or a smaller shift"
     if silent.size:
         cause = f"{silent.size} of {len(J.X)} points have no active neuron, the first is point "
         cause += f"{silent[0]}"
-    elif twins.size:
-        cause = f"points {twins[0, 1]} and {twins[0, 0]} coincide ({len(twins)} such pairs)"
+    elif equal.size:
+        cause = f"points {equal[0, 1]} and {equal[0, 0]} coincide ({len(equal)} such pairs)"
         remedy = "distinct points"
     else:
-        cause = f"{len(J.X)} points share {J.size_of_K} active neurons of {J.width}, too "
-        cause += f"few to tell them apart{f' ({otherwise})' if otherwise else ''}"
+        cause = f"{len(J.X)} points share {J.size_of_K} active neurons of {J.width}, too few to "
+        cause += f"tell them apart{otherwise}"
     return np.linalg.LinAlgError(
         f"the Gram matrix is singular: {cause}; use {remedy}, or damping > 0 (try 1e-6)"
     )
@@ -1746,41 +1698,14 @@ def _singular_error(J, otherwise=""):
 RTOL = "rtol" if "rtol" in inspect.signature(cg).parameters else "tol"
 
 
-def _conjugate_gradients(system, residual, tolerance, limit, inverse=None):
-    """To ||A g - r|| <= tolerance ||r|| for the system A and the residual r, preconditioned by
-    `inverse`, a function near the inverse of A; and the number of iterations. Raises LinAlgError
-    beyond twice that, or 1e-10 if that is more."""
-    iterations = 0
-
-    def count(_):
-        nonlocal iterations
-        iterations += 1
-
-    preconditioner = inverse and LinearOperator(system.shape, matvec=inverse, dtype=float)
-    options = {RTOL: tolerance, "atol": 0.0, "maxiter": limit, "M": preconditioner}
-    step, failed = cg(system, residual, **options, callback=count)
-    # What conjugate gradients think the residual is drifts away from the true one.
-    error, size = np.linalg.norm(system @ step - residual), np.linalg.norm(residual)
-    if failed or error > max(2.0 * tolerance, 1e-10) * size:
-        raise np.linalg.LinAlgError(
-            f"conjugate gradients did not reach a relative residual of {tolerance:.1e}, but "
-            f"{error / size:.1e} in {iterations} iterations: the Gram matrix is singular or nearly "
-            'so; use solver="cholesky" to learn more, a larger width, or damping > 0'
-        )
-    return step, iterations
-
-
-# With REUSE points or more, an earlier factor preconditions conjugate gradients as long as at most
-# 1 / STALE of the pairs have flipped since: a few iterations, half the time of a new factor. Where
-# 39 % had flipped it took more than ten, as long as a new factor.
-REUSE, STALE = 4096, 20
-
-
 class _Solver:
     """What solvers share."""
 
-    one_thread = 1024  # up to so many points BLAS keeps to one thread
     sketches = False  # and so asks for the active sets
+    one_thread = 1024  # up to so many points BLAS keeps to one thread
+
+    def __init__(self, X, shift):
+        """Nothing is kept from step to step, unless a solver says so."""
 
     def promise(self, J, residual, step, nu, mu):
         """The residual after a step if the network were linear in its weights: that before it less
@@ -1788,64 +1713,25 @@ class _Solver:
         return mu * step
 
 
-# Threads of BLAS are in the way of ours for a while after each call. So factors of a matrix between
-# these sizes are made by ours, PANEL columns at a time.
-FEW_COLUMNS, MANY_COLUMNS, PANEL = 1024, 4096, 128
-
-
-def _cholesky(A):
-    """R, upper triangular with A = R^T R (below its diagonal is something else), and LAPACK's error
-    code, 0 on success. Overwrites A (n, n). O(n^3)."""
-    n = len(A)
-    if not FEW_COLUMNS < n <= MANY_COLUMNS:
-        return dpotrf(A.T, lower=False, clean=False, overwrite_a=True)
-
-    def subtract(rows, panel):  # A - L L^T, L being the columns before the panel
-        A[rows, panel] -= A[rows, : panel.start] @ A[panel, : panel.start].T
-
-    def multiply(rows, panel, inverse):  # A L^-T, L being the panel's own triangle
-        A[rows, panel] = A[rows, panel] @ inverse.T
-
-    def parts(low):
-        return [slice(*ends) for ends in pairwise(np.linspace(low, n, 5).astype(int))]
-
-    for low in range(0, n, PANEL):
-        panel = slice(low, min(low + PANEL, n))
-        _map_in_threads(partial(subtract, panel=panel), parts(low), n * n)
-        A[panel, panel], failed = dpotrf(A[panel, panel], lower=True)
-        if failed:
-            return A.T, low + failed
-        inverse, _ = dtrtri(A[panel, panel], lower=True)
-        _map_in_threads(partial(multiply, panel=panel, inverse=inverse), parts(panel.stop), n * n)
-    return A.T, 0
-
-
 class _Cholesky(_Solver):
     """Exact, from the Gram matrix and its Cholesky factor [CGH+19, ZMG19]: O(n^3) after the Gram
-    matrix, or O(n^2) for each iteration where the factor of an earlier one is near."""
+    matrix."""
 
-    one_thread = MANY_COLUMNS
-
-    def __init__(self, X, shift):
-        self._factor, self._flips = None, 0  # the earlier factor, and J.flips when it was made
+    # A factor for fewer takes so short that threads of BLAS, which are in the way of ours for a
+    # while after each call, would cost more than they gain.
+    one_thread = 4096
 
     def prepare(self, J, mu):
         self._J, self._system = J, J.gram().copy()
         self._system.ravel()[:: len(J.X) + 1] += mu
 
     def solve(self, residual):
-        near = STALE * (self._J.flips - self._flips) <= self._J.active_counts().sum()
-        if self._factor is not None and near:
-            inverse = partial(scipy.linalg.cho_solve, self._factor, check_finite=False)
-            with suppress(np.linalg.LinAlgError):  # raised if it is too far away
-                return _conjugate_gradients(self._system, residual, 1e-13, 10, inverse)
-        triangle, failed = _cholesky(self._system)  # overwrites it; prepare() makes it anew
+        # Overwrites the system, which prepare() makes anew.
+        triangle, failed = dpotrf(self._system.T, lower=False, clean=False, overwrite_a=True)
         pivots = triangle.diagonal()
         least = pivots.size * np.finfo(float).eps * pivots.max() ** 2
         if failed or pivots.min() ** 2 <= least:
             raise _singular_error(self._J)
-        if len(residual) >= REUSE:
-            self._factor, self._flips = (triangle, False), self._J.flips
         step, _ = dpotrs(triangle, residual, lower=False)
         return step, 0
 
@@ -1872,10 +1758,26 @@ class _ConjugateGradients(_Solver):
         self._system = LinearOperator((len(J.X), len(J.X)), matvec=times, dtype=float)
 
     def solve(self, residual):
-        limit = 1000 + 20 * len(residual)
-        return _conjugate_gradients(self._system, residual, self._tolerance, limit, self._inverse)
+        iterations, tolerance = 0, self._tolerance
 
-    _inverse = None  # the preconditioner, a function
+        def count(_):
+            nonlocal iterations
+            iterations += 1
+
+        options = {RTOL: tolerance, "atol": 0.0, "maxiter": 1000 + 20 * len(residual)}
+        options |= {"M": self._preconditioner, "callback": count}
+        step, failed = cg(self._system, residual, **options)
+        # What conjugate gradients think the residual is drifts away from the true one.
+        error, size = np.linalg.norm(self._system @ step - residual), np.linalg.norm(residual)
+        if failed or error > max(2.0 * tolerance, 1e-10) * size:
+            raise np.linalg.LinAlgError(
+                f"conjugate gradients did not reach a relative residual of {tolerance:.1e}, but "
+                f"{error / size:.1e} in {iterations} iterations: the Gram matrix is singular or "
+                'nearly so; use solver="cholesky" to learn more, a larger width, or damping > 0'
+            )
+        return step, iterations
+
+    _preconditioner = None  # a LinearOperator near the inverse of the system
 
 
 class _Sketch(_ConjugateGradients):
@@ -1903,10 +1805,9 @@ class _Sketch(_ConjugateGradients):
         self._T = T[: len(J.X)]
         pivots = np.abs(np.diag(self._T))
         if pivots.min() <= len(J.X) * np.finfo(float).eps * pivots.max():
-            raise _singular_error(J, "or the sketch is too small: try a larger sketch_size")
-
-    def _inverse(self, v):
-        return scipy.linalg.cho_solve((self._T, False), v, check_finite=False)
+            raise _singular_error(J, " (or the sketch is too small: try a larger sketch_size)")
+        inverse = partial(scipy.linalg.cho_solve, (self._T, False), check_finite=False)
+        self._preconditioner = LinearOperator(self._system.shape, matvec=inverse, dtype=float)
 
 
 class _Richardson(_Sketch):
@@ -2152,7 +2053,7 @@ class _Network(NamedTuple):
 
 class _Moved(NamedTuple):
     """This rank's neurons that a search is given with their weights: those that an earlier fit
-    held, its live ones, or all m after "dense", whether or not they have moved; and live pairs that
+    held, its live ones, or all m after "dense", whether or not they have moved; and live twins that
     were drawn for it."""
 
     numbers: np.ndarray  # (k,) ascending
@@ -2176,12 +2077,12 @@ class _Moved(NamedTuple):
         return cls(*network.dealt(start.owns), longest.max())
 
 
-def _with_live_pairs(moved, start, report):
-    """`moved` and the live pairs of a law that are not known yet."""
+def _with_live_twins(moved, start, report):
+    """`moved` and the live twins of a law that are not known yet."""
 
-    def of_block(pairs, vectors, _):
-        numbers = (2 * pairs[:, None] + [0, 1]).ravel()
-        return numbers, np.repeat(vectors, 2, axis=0), np.tile([1.0, -1.0], pairs.size)
+    def of_block(twins, vectors, _):
+        numbers = (2 * twins[:, None] + [0, 1]).ravel()
+        return numbers, np.repeat(vectors, 2, axis=0), np.tile([1.0, -1.0], twins.size)
 
     groups = _LiveBlocks(start, moved.numbers).groups(of_block, report)
     held = [moved[:3], *_one_by_one(groups)]
@@ -2440,8 +2341,7 @@ class _Scan(_ForwardPass):
         return first + live, W[live], signs[live].astype(float), products[live], products[~fires]
 
     def _find(self):
-        n = len(self.X)
-        active, values, touched, compared = _query(self._rows, self._levels, 0, n, self.shift)
+        active, values, touched, compared = _query(self._rows, self._levels, self.shift)
         self.operations += touched
         self.looked_at += min(compared, self.width)  # padding aside
         return active, values
@@ -3238,7 +3138,7 @@ class _CountedJacobian(SparseJacobian):
 
     def __init__(self, search):
         self._bind(search.X, search.XXt, search.width)
-        self._search, self.flips = search, search.flips
+        self._search = search
 
     @cached_property
     def _active_and_signs(self):
@@ -3888,7 +3788,7 @@ class _InWords(_ByCounts):
         self._set_out(moved)
         self._X32, self._log = self.X.astype(np.float32), []
         if may_wake and self.start.draws_live:
-            moved, may_wake = _with_live_pairs(moved, self.start, report), False
+            moved, may_wake = _with_live_twins(moved, self.start, report), False
         self.live, self._seam = moved.numbers, moved.numbers.size
         blocks = [slice(0), *self._batches(np.arange(self.live.size), self.width)]
         with _one_blas_thread():
@@ -4785,7 +4685,7 @@ class SublinearTrainer:
         kind.check_memory(X, start.own_width, dtype)
         if self.search != "lazy" and start.law is not None:  # dead neurons, too, are held, and seen
             if may_wake and start.draws_live:
-                moved = _with_live_pairs(moved, start, progress.drawn)
+                moved = _with_live_twins(moved, start, progress.drawn)
             start = start.shown()
         lean = not SOLVERS[self.solver].sketches
         targets = y - unreachable

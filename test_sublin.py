@@ -458,8 +458,7 @@ def test_kernels_from_a_table_are_kernels():
         u = np.linspace(0.0, np.sqrt(2.0), 2049)
         slope = np.sqrt(u**2 / np.maximum(2.0 - u**2, 1e-300))
         both = norm.sf(shift) - 2.0 * scipy.special.owens_t(shift, slope)
-        H = np.empty((len(X), len(X)))
-        sublin._kernel_from_table(X @ X.T, both, H)
+        H = sublin._kernel_from_table(X @ X.T, both)
         np.testing.assert_allclose(H, shifted_ntk(X, shift), atol=1e-3 if shift <= 0 else 1e-5)
 
 
@@ -1849,22 +1848,6 @@ def test_sketched_solvers_meet_the_tolerance_of_algorithm_5_in_every_step(sketch
     assert (values_of(fitted, "inner_iterations")[1:] > 0).all()
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.01])
-def test_an_earlier_factor_serves_while_few_pairs_flip(damping, monkeypatch):
-    X, y = problem(16, 8)
-    options = {"shift": 1.0, "damping": damping, "max_iter": 8}
-    expected = trainer(4096, **options).fit(X, y)
-    assert not values_of(expected, "inner_iterations").any()
-    monkeypatch.setattr(sublin, "REUSE", 2)
-    for stale in (sublin.STALE, 0):  # 0: also where it does not serve, and is made anew
-        monkeypatch.setattr(sublin, "STALE", stale)
-        fitted = trainer(4096, **options).fit(X, y)
-        inner = values_of(fitted, "inner_iterations")
-        assert stale == 0 or inner[1] == 0 < inner[-1] <= 10
-        np.testing.assert_allclose(values_of(fitted), values_of(expected), rtol=1e-6, atol=1e-11)
-        np.testing.assert_allclose(fitted.weights(), expected.weights(), atol=1e-9)
-
-
 def singular(message):
     """Expects a refusal of a singular system."""
     return pytest.raises(np.linalg.LinAlgError, match=message)
@@ -1948,22 +1931,6 @@ def test_damping_makes_singular_systems_trainable(solver):
     X[4], y[4] = X[1], y[1]
     fitted = trainer(512, solver=solver, damping=1e-3, max_iter=5).fit(X, y)
     assert values_of(fitted)[-1] < 0.9
-
-
-@pytest.mark.parametrize("n", [33, 64, 65, 200])
-def test_factors_made_in_panels_are_those_of_lapack(n, monkeypatch):
-    monkeypatch.setattr(sublin, "FEW_COLUMNS", 32)
-    monkeypatch.setattr(sublin, "PANEL", 16)
-    rng = np.random.default_rng(n)
-    A = rng.standard_normal((n, n + 5))
-    A = A @ A.T
-    R, failed = sublin._cholesky(A.copy())
-    assert failed == 0
-    np.testing.assert_allclose(np.triu(R), np.linalg.cholesky(A).T, rtol=1e-9, atol=1e-11)
-    for at in (0, 20, n - 1):
-        bad = A.copy()
-        bad[at, at] = -1.0
-        assert sublin._cholesky(bad)[1] == at + 1
 
 
 # ==================================================================================================
@@ -2181,7 +2148,7 @@ BREAKS = [
     *product(["lazy"], ("_look", "_go_to", "_add_active_outputs", "_place_anew", "_unflip")),
     *product(["words"], ("_find_flips", "_look", "_go_to", "_remember", "_find", "_counts_after")),
     *product(["words"], ("_move_weights", "_pack", "_decide", "_flips_in_words")),
-    *product(["words"], ("_count_common", "_mirror", "_transpose", "_add_outputs_in_words")),
+    *product(["words"], ("_count_common", "_transpose", "_add_outputs_in_words")),
 ]
 
 
@@ -2728,7 +2695,7 @@ def test_pairs_within_rounding_of_the_threshold_are_decided_in_float64(n, scale)
     np.testing.assert_array_equal(words, packed(active))
     np.testing.assert_array_equal(k, active.sum(axis=1))
     expected = np.where(k > 0, 7.0 + slack / np.maximum(k, 1), np.inf)
-    np.testing.assert_allclose(certificates, expected, rtol=1e-12)
+    np.testing.assert_allclose(certificates, expected, rtol=1e-11)
     assert np.all(certificates <= expected)
     true = np.abs(W @ X.T - shift).min(axis=1)
     assert np.all(slack <= true * (1 + 1e-12) + 1e-15 * scale)
