@@ -2098,16 +2098,16 @@ class _Network(NamedTuple):
 
     def dealt(self, keep):
         """Those of the neurons that all ranks hold, together, for which keep(numbers) is true:
-        numbers, weights and signs. A part is sent at a time."""
+        numbers, weights and signs; and `longest` of all ranks. A part is sent at a time."""
         ranks, found = self.start.ranks, []
-        (sizes,) = ranks.gather([self.live.size])
+        sizes, longest = ranks.gather([self.live.size], [self.longest])
         size = max(1, DEALT // ranks.size)
         for low in range(0, sizes.max() + 1, size):  # one part at least
             held = self.live, self.weights, self.signs
             part = ranks.gather(*(array[low : low + size] for array in held))
             kept = keep(part[0])
             found.append([array[kept] for array in part])
-        return _in_order(*map(np.concatenate, zip(*found, strict=True)))
+        return *_in_order(*map(np.concatenate, zip(*found, strict=True))), longest.max()
 
     def of_all_ranks(self, kept=True):
         """This network with the live neurons of all ranks, as one process has it; or with none, for
@@ -2115,14 +2115,13 @@ class _Network(NamedTuple):
         ranks = self.start.ranks
         if ranks.size == 1:
             return self
-        live, weights, signs = self.dealt(lambda neurons: np.full(neurons.size, kept))
-        (longest,) = ranks.gather([self.longest])
+        live, weights, signs, longest = self.dealt(lambda neurons: np.full(neurons.size, kept))
         start, clear = self.start._replace(ranks=_Ranks()), self.clear
         if clear is not None:
             (counts,) = ranks.gather([clear.count])
             sieve = clear.sieve._replace(start=start)
             clear = clear._replace(count=int(counts.sum()), sieve=sieve)
-        return _Network(start, self.shift, live, signs, weights, longest.max(), clear)
+        return _Network(start, self.shift, live, signs, weights, longest, clear)
 
     def _trained(self, first, W, signs):
         """A block of starting weights, with the trained ones in their places; and its signs."""
@@ -2186,8 +2185,7 @@ class _Moved(NamedTuple):
         network, ranks = network.with_clear_held(), network.start.ranks
         if ranks.size == start.ranks.size == 1:
             return cls(network.live, network.weights, network.signs, network.longest)
-        (longest,) = ranks.gather([network.longest])
-        return cls(*network.dealt(start.owns), longest.max())
+        return cls(*network.dealt(start.owns))
 
 
 def _with_live_pairs(moved, start, report):
@@ -5947,12 +5945,6 @@ def _one_blas_thread():
 # Ranks: processes that share the neurons of one network
 # ==================================================================================================
 
-# What is asked of a communicator, which mpi4py's have.
-COMM = "Allreduce", "Allgather", "rank", "size"
-
-# What a rank can tell of an error, in bytes.
-TEXT = 1000
-
 # Numbers at the head of a message: how many ranks have failed, and the sums of a checksum of what
 # must be alike and of its square, from which every rank sees whether all have sent the same.
 HEAD = 3
@@ -6008,12 +6000,12 @@ class _Ranks:
     def of(cls, comm):
         """Those of a communicator: the same object for all trainers, so that one may be used in a
         callback of another."""
-        lacking = [name for name in COMM if comm is not None and not hasattr(comm, name)]
-        if lacking:
-            raise TypeError(
-                f"comm must be an mpi4py communicator, but {type(comm).__name__} has no "
-                f"{lacking[0]}; pass MPI.COMM_WORLD, or None for one process"
-            )
+        for name in ("Allreduce", "Allgather", "rank", "size"):
+            if comm is not None and not hasattr(comm, name):
+                raise TypeError(
+                    f"comm must be an mpi4py communicator, but {type(comm).__name__} has no "
+                    f"{name}; pass MPI.COMM_WORLD, or None for one process"
+                )
         if comm is None or comm.size == 1:
             return cls()
         return _ranks_of.setdefault(id(comm), cls(comm))
@@ -6137,7 +6129,7 @@ class _Ranks:
 
     def _texts(self, text):
         """What every rank has to tell of its error; nothing where there is none."""
-        own = np.array([text.encode(errors="replace")], f"S{TEXT}")  # cut short there
+        own = np.array([text.encode(errors="replace")], "S1000")  # of which so many bytes
         every = np.zeros(self.size, own.dtype)
         self.comm.Allgather(own.view(np.uint8), every.view(np.uint8))
         return [told.decode(errors="ignore") for told in every.tolist()]
