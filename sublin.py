@@ -96,6 +96,7 @@ import stat
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zlib
 from collections import deque
@@ -1101,7 +1102,8 @@ class MaxTrees:
     def __init__(self, X, W):
         X = _check_matrix("X", X, keep_float32=True)
         W = _check_matrix("W", W, keep_float32=True)
-        _check_columns("W", W, "X", X)
+        if W.shape[1] != X.shape[1]:
+            raise ValueError(f"W has {W.shape[1]} columns and X has {X.shape[1]}; they must agree")
         dtype = np.result_type(X, W)
         self._levels = _levels(len(W))
         _check_memory(
@@ -1150,12 +1152,21 @@ class MaxTrees:
         Every ancestor is recomputed once: O(k n (d + log m)), less where paths meet.
         """
         js = _check_indices("js", js, len(self.W))
-        W_new = _check_matrix("W_new", W_new, rows=js.size, reason="one for each of js")
-        _check_columns("W_new", W_new, "X", self.X)
-        W_new = _check_cast("W_new", W_new, self.W.dtype)
+        W_new, d = _check_matrix("W_new", W_new), self.W.shape[1]
+        if W_new.shape != (js.size, d):
+            raise ValueError(
+                f"W_new must have {js.size} rows, one for each of js, and {d} columns, as X has; "
+                f"got shape {W_new.shape}"
+            )
+        cast = W_new.astype(self.W.dtype)
+        if not np.isfinite(cast).all():
+            raise ValueError(
+                f"W_new has entries beyond the range of {cast.dtype}, up to "
+                f"{np.abs(W_new).max():g}; use float64 trees"
+            )
         order = np.argsort(js)
         js = js[order]
-        self.W[js] = W_new[order]
+        self.W[js] = cast[order]
         self._rows[js] = self.W[js] @ self.X.T
         mended = _mend_ancestors(self._rows, self._levels, js)
         self.touched += js.size * len(self.X) + mended
@@ -1403,7 +1414,13 @@ class SparseJacobian(LinearOperator):
     @_quiet
     def __init__(self, X, signs, indptr, indices):
         X = _check_matrix("X", X).copy()  # X X^T is kept, so X must not change under it
-        signs = _check_signs(signs)
+        signs = _check_vector("signs", signs)
+        wrong = np.flatnonzero(np.abs(signs) != 1)
+        if wrong.size:
+            raise ValueError(
+                f"signs must be +1 or -1, but signs[{wrong[0]}] is {signs[wrong[0]]:g}; "
+                "move its size into W"
+            )
         active = _by_neuron(*_check_csr(indptr, indices, len(X), signs.size), signs.size)
         self._bind(X, X @ X.T, signs.size)
         self.active, self._signs = active, signs[active.neurons]
@@ -1955,17 +1972,16 @@ class _Network(NamedTuple):
                 return _to_fixed(np.concatenate(added), resolution)
 
         if self.start.init == "antisymmetric" or self.live.size == width:
-            edges = np.flatnonzero(np.diff(self.live // self.start.block_size)) + 1
-            edges = [0, *edges, self.live.size]
+            ends = np.flatnonzero(np.diff(self.live // self.start.block_size)) + 1
+            held = [slice(*some) for some in pairwise([0, *ends, self.live.size])]
 
-            def of_held(part):
-                return of_block(self.weights[slice(*part)], self.signs[slice(*part)])
+            def of_held(some):
+                return of_block(self.weights[some], self.signs[some])
 
-            groups = _in_groups(of_held, pairwise(edges), len(edges), X.size, _to_nobody)
+            groups = _in_groups(of_held, held, len(held), X.size, _to_nobody)
         else:
             groups = self.start.groups(lambda *block: of_block(*self._trained(*block)), self.live)
-        zeros = np.zeros((2, len(X)), np.int64)
-        sums = sum(_one_by_one(groups), zeros)
+        sums = sum(_one_by_one(groups), np.zeros((2, len(X)), np.int64))
         if self.clear is not None:
             sums = sum(self.clear.each(lambda _, W, signs, *__: of_block(W, signs)), sums)
         (sums,) = ranks.sum(sums)
@@ -1983,16 +1999,16 @@ class _Network(NamedTuple):
 
     def dealt(self, keep):
         """Those of the neurons that all ranks hold, together, for which keep(numbers) is true:
-        numbers, weights and signs. A part is sent at a time."""
+        numbers, weights and signs; and `longest` of all ranks. A part is sent at a time."""
         ranks, found = self.start.ranks, []
-        (sizes,) = ranks.gather([self.live.size])
+        sizes, longest = ranks.gather([self.live.size], [self.longest])
         size = max(1, DEALT // ranks.size)
         for low in range(0, sizes.max() + 1, size):  # one part at least
             held = self.live, self.weights, self.signs
             part = ranks.gather(*(array[low : low + size] for array in held))
             kept = keep(part[0])
             found.append([array[kept] for array in part])
-        return _in_order(*map(np.concatenate, zip(*found, strict=True)))
+        return *_in_order(*map(np.concatenate, zip(*found, strict=True))), longest.max()
 
     def of_all_ranks(self, kept=True):
         """This network with the live neurons of all ranks, as one process has it; or with none, for
@@ -2000,14 +2016,13 @@ class _Network(NamedTuple):
         ranks = self.start.ranks
         if ranks.size == 1:
             return self
-        live, weights, signs = self.dealt(lambda neurons: np.full(neurons.size, kept))
-        (longest,) = ranks.gather([self.longest])
+        live, weights, signs, longest = self.dealt(lambda neurons: np.full(neurons.size, kept))
         start, clear = self.start._replace(ranks=_Ranks()), self.clear
         if clear is not None:
             (counts,) = ranks.gather([clear.count])
             sieve = clear.sieve._replace(start=start)
             clear = clear._replace(count=int(counts.sum()), sieve=sieve)
-        return _Network(start, self.shift, live, signs, weights, longest.max(), clear)
+        return _Network(start, self.shift, live, signs, weights, longest, clear)
 
     def _trained(self, first, W, signs):
         """A block of starting weights, with the trained ones in their places; and its signs."""
@@ -2021,8 +2036,6 @@ class _Network(NamedTuple):
         width, d = self.start.width, self.start.d
         _check_memory(f"weights() of {width} neurons in {d} dimensions", width * d * 8)
         network = self.with_clear_held()
-        if network.live.size == width:
-            return network.weights.astype(float)
         out, first = np.empty((width, d)), 0
         for W, _ in self.start.blocks(network._trained, network.live):
             out[first : first + len(W)] = W
@@ -2073,8 +2086,7 @@ class _Moved(NamedTuple):
         network, ranks = network.with_clear_held(), network.start.ranks
         if ranks.size == start.ranks.size == 1:
             return cls(network.live, network.weights, network.signs, network.longest)
-        (longest,) = ranks.gather([network.longest])
-        return cls(*network.dealt(start.owns), longest.max())
+        return cls(*network.dealt(start.owns))
 
 
 def _with_live_twins(moved, start, report):
@@ -4021,7 +4033,14 @@ class _Scales(NamedTuple):
         X = self.x(X, factors)
         if self.lift:
             X = np.column_stack([X, self.lift * factors])
-        return X / _check_row_lengths(X, 0.0 if self.lift else self.x.rounding * factors)
+        lengths = np.linalg.norm(X, axis=1, keepdims=True)
+        short = np.flatnonzero(lengths <= (0.0 if self.lift else self.x.rounding * factors))
+        if short.size:
+            raise ValueError(
+                f"row {short[0]} of X is zero, up to rounding, once columns are centred, and has "
+                'no direction; use normalize="lift", which gives it one'
+            )
+        return X / lengths
 
     def targets(self, y):
         scaled = y if self.y is None else self.y(y)
@@ -4514,12 +4533,8 @@ class SublinearTrainer:
 
     @property
     def _ranks(self):
-        """The processes that `comm` names: the same object for all trainers, so that one may be
-        used in a callback of another."""
-        comm = _check_comm(self.comm)
-        if comm is None or comm.size == 1:
-            return _Ranks()
-        return _ranks_of.setdefault(id(comm), _Ranks(comm))
+        """The processes that `comm` names."""
+        return _Ranks.of(self.comm)
 
     def _fit(self, X, y, progress):
         ranks, shift = progress.ranks, self._check_options()
@@ -5153,7 +5168,7 @@ class SublinearTrainer:
             )
         if self.sketch_size is not None:
             _check_integer("sketch_size", self.sketch_size, 1)
-        _check_real_or(("auto",), "damping", self.damping, 0.0)
+        _check_real("damping", self.damping, 0.0, words=["auto"])
         _check_real("ridge", self.ridge, 0.0)
         _check_real("tol", self.tol, 0.0)
         _check_integer("max_iter", self.max_iter, 0)
@@ -5165,7 +5180,7 @@ class SublinearTrainer:
                 f"{self._ranks.size} ranks"
             )
         paper = default_shift(self.width, self.alpha)
-        shift = _check_real_or(("auto", "paper"), "shift", self.shift)
+        shift = _check_real("shift", self.shift, words=["auto", "paper"])
         return paper if shift in ("auto", "paper") else shift
 
     def _check_sketch_size(self, n):
@@ -5197,16 +5212,21 @@ def _convergence_warning(theirs):
 
 
 # ==================================================================================================
-# Checks of input that several places share (what concerns one function only is checked there)
+# Checks of input that several places share, or that are long
 # ==================================================================================================
 
 
-def _check_real(name, value, low=-np.inf, below=np.inf):
-    """A finite float with low <= value < below."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(
-        value, (int, float, np.integer, np.floating)
-    ):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+def _is_number(value):
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _check_real(name, value, low=-np.inf, below=np.inf, words=()):
+    """A finite float with low <= value < below, or one of some words."""
+    if isinstance(value, str) and value in words:
+        return value
+    if not _is_number(value):
+        known = "".join(f' or "{word}"' for word in words if isinstance(value, str))
+        raise TypeError(f"{name} must be a number{known}, got {value!r}")
     try:
         finite, got = math.isfinite(value), repr(value)
     except OverflowError:
@@ -5218,26 +5238,15 @@ def _check_real(name, value, low=-np.inf, below=np.inf):
     return float(value)
 
 
-def _check_real_or(words, name, value, low=-np.inf):
-    """A finite float, low or more, or one of some words."""
-    if not isinstance(value, str):
-        return _check_real(name, value, low)
-    if value not in words:
-        known = " or ".join(f'"{word}"' for word in words)
-        raise TypeError(f"{name} must be a number or {known}, got {value!r}")
-    return value
-
-
 def _check_integer(name, value, low, high=None):
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         remedy = f"; pass int({name})" if isinstance(value, (float, np.floating)) else ""
         raise TypeError(f"{name} must be an integer, got {value!r}{remedy}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value!r}")
     if high is not None and value > high:
-        raise ValueError(
-            f"{name} must be at most {high}, got {value if value < 1 << 80 else 'more than 2^80'}"
-        )
+        got = value if value < 1 << 80 else "more than 2^80"
+        raise ValueError(f"{name} must be at most {high}, got {got}")
     return int(value)
 
 
@@ -5251,8 +5260,6 @@ def _as_array(name, value):
     """An array of real numbers, of any shape, finite or not, nothing masked or missing."""
     if scipy.sparse.issparse(value):
         raise TypeError(f"{name} is a sparse matrix, which is not supported; pass {name}.toarray()")
-    if value is None:
-        raise TypeError(f"{name} must be an array of numbers, got None")
     parts = value if isinstance(value, (list, tuple)) else [value]
     if any(np.ma.is_masked(part) for part in parts if isinstance(part, np.ma.MaskedArray)):
         raise ValueError(
@@ -5265,11 +5272,11 @@ def _as_array(name, value):
         raise ValueError(f"{name} must be an array, but its rows have different lengths") from None
     if array.dtype.kind == "c":
         raise ValueError(f"Complex data not supported: {name} must be real; pass its real part")
+    got = f"dtype {array.dtype}; encode it as numbers (astype(float))"
     if array.dtype.kind == "O" and array.ndim == 0:
         remedy = f"; pass {name}.collect()" if hasattr(value, "collect") else ""
-        kind = type(value).__name__
-        raise TypeError(f"{name} must be an array of numbers, got an object {kind}{remedy}")
-    if array.dtype.kind == "O":
+        got = "None" if value is None else f"an object {type(value).__name__}{remedy}"
+    elif array.dtype.kind == "O":
         # Pandas' NA is no number, not even a missing one.
         entries = (np.nan if type(entry).__name__ == "NAType" else entry for entry in array.flat)
         try:
@@ -5284,10 +5291,7 @@ def _as_array(name, value):
                 "encode it as numbers"
             ) from None
     if array.dtype.kind not in "fiub":
-        raise TypeError(
-            f"{name} must be an array of numbers, got dtype {array.dtype}; "
-            "encode it as numbers (astype(float))"
-        )
+        raise TypeError(f"{name} must be an array of numbers, got {got}")
     return array.astype(float) if array.dtype.kind == "f" and array.itemsize > 8 else array
 
 
@@ -5295,12 +5299,10 @@ def _check_numbers(name, value, dimensions):
     """A finite, real array of that many dimensions, none of them empty."""
     array = _as_array(name, value)
     if array.ndim != dimensions:
-        remedy = ""
-        if dimensions == 1 and array.size == len(np.atleast_1d(array)):
-            remedy = f"; pass np.ravel({name})"
-        elif dimensions == 2 and array.ndim == 1:
-            remedy = f". Reshape your data: pass {name}[:, None] for one column, "
-            remedy += f"{name}[None] for one row"
+        remedy = f"; pass one column, or np.ravel({name})"
+        if dimensions == 2:
+            remedy = f". Reshape your data: pass {name}.reshape(len({name}), -1), or {name}[None] "
+            remedy += "for one row"
         raise ValueError(
             f"{name} must have {dimensions} dimension(s), got shape {array.shape}{remedy}"
         )
@@ -5320,13 +5322,10 @@ def _check_numbers(name, value, dimensions):
     return array
 
 
-def _check_matrix(name, value, keep_float32=False, rows=None, reason=""):
+def _check_matrix(name, value, keep_float32=False):
     array = _check_numbers(name, value, 2)
-    if rows is not None and len(array) != rows:
-        raise ValueError(f"{name} must have {rows} rows, {reason}, got shape {array.shape}")
-    return np.ascontiguousarray(
-        array, dtype=np.float32 if keep_float32 and array.dtype == np.float32 else np.float64
-    )
+    kept = keep_float32 and array.dtype == np.float32
+    return np.ascontiguousarray(array, dtype=np.float32 if kept else np.float64)
 
 
 def _check_vector(name, value, size=None, reason="one for each row of X"):
@@ -5366,18 +5365,16 @@ def _check_features(X, fitted):
     array = _check_matrix("X", X)
     names, expected = _feature_names(X), getattr(fitted, "feature_names_in_", None)
     if names is not None and expected is not None and list(names) != list(expected):
-        differing = {
-            "unseen at fit time": set(names) - set(expected),
-            "seen at fit time, yet now missing": set(expected) - set(names),
-        }
-        lists = [
-            f"Feature names {what}:\n- " + "\n- ".join(sorted(those))
-            for what, those in differing.items()
-            if those
-        ]
-        lists = lists or ["Feature names must be in the same order as they were in fit."]
-        text = "The feature names should match those that were passed during fit."
-        raise ValueError("\n".join([text, *lists, ""]))
+        text = "The feature names should match those that were passed during fit.\n"
+        for what, those in (
+            ("unseen at fit time", set(names) - set(expected)),
+            ("seen at fit time, yet now missing", set(expected) - set(names)),
+        ):
+            if those:
+                text += "\n- ".join([f"Feature names {what}:", *sorted(those)]) + "\n"
+        if set(names) == set(expected):
+            text += "Feature names must be in the same order as they were in fit.\n"
+        raise ValueError(text)
     if (names is None) != (expected is None):
         has, how = ("has", "without") if expected is None else ("does not have valid", "with")
         warnings.warn(
@@ -5398,37 +5395,6 @@ def _of_sklearn(name, otherwise):
     return getattr(sys.modules.get("sklearn.exceptions"), name, otherwise)
 
 
-def _check_signs(value):
-    signs = _check_vector("signs", value)
-    wrong = np.flatnonzero(np.abs(signs) != 1)
-    if wrong.size:
-        raise ValueError(
-            f"signs must be +1 or -1, but signs[{wrong[0]}] is {signs[wrong[0]]:g}; "
-            "move its size into W"
-        )
-    return signs
-
-
-def _check_cast(name, array, dtype):
-    """The array in a precision that may be lower, still finite."""
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    if not np.isfinite(cast).all():
-        raise ValueError(
-            f"{name} has entries beyond the range of {dtype}, up to {np.abs(array).max():g}; "
-            "use float64 trees"
-        )
-    return cast
-
-
-def _check_columns(name, array, other_name, other):
-    if array.shape[1] != other.shape[1]:
-        raise ValueError(
-            f"{name} has {array.shape[1]} columns and {other_name} has {other.shape[1]}; "
-            "they must agree"
-        )
-
-
 def _check_unit_rows(X):
     lengths = np.linalg.norm(X, axis=1)
     worst = np.argmax(np.abs(lengths - 1.0))
@@ -5441,18 +5407,6 @@ def _check_unit_rows(X):
     return X
 
 
-def _check_row_lengths(X, rounding):
-    """Lengths (n, 1) of the rows of centred X, none of them zero up to rounding."""
-    lengths = np.linalg.norm(X, axis=1, keepdims=True)
-    short = np.flatnonzero(lengths <= rounding)
-    if short.size:
-        raise ValueError(
-            f"row {short[0]} of X is zero, up to rounding, once columns are centred, and has no "
-            'direction; use normalize="lift", which gives it one'
-        )
-    return lengths
-
-
 def _check_index(name, value, size):
     value = _check_integer(name, value, -np.inf)
     if not 0 <= value < size:
@@ -5460,13 +5414,19 @@ def _check_index(name, value, size):
     return value
 
 
-def _check_indices(name, value, size):
-    indices = _as_array(name, value)
-    if indices.ndim != 1 or indices.size == 0 or indices.dtype.kind not in "iu":
+def _check_integers(name, value, least=0):
+    """A vector of so many integers at least."""
+    array = _as_array(name, value)
+    if array.ndim != 1 or array.size < least or (array.size and array.dtype.kind not in "iu"):
         raise TypeError(
-            f"{name} must be a non-empty vector of integers, got dtype {indices.dtype}, shape "
-            f"{indices.shape}"
+            f"{name} must be a {'non-empty ' if least else ''}vector of integers, got dtype "
+            f"{array.dtype}, shape {array.shape}"
         )
+    return array.astype(np.int64)
+
+
+def _check_indices(name, value, size):
+    indices = _check_integers(name, value, least=1)
     outside = indices[(indices < 0) | (indices >= size)]
     if outside.size:
         raise IndexError(f"{name} must be in 0..{size - 1}, got {outside[0]}")
@@ -5475,54 +5435,30 @@ def _check_indices(name, value, size):
         raise ValueError(
             f"{name} must be distinct, but {values[np.argmax(counts)]} occurs {counts.max()} times"
         )
-    return indices.astype(np.int64)
+    return indices
 
 
 def _check_threshold(tau):
     """A number, possibly infinite."""
-    if isinstance(tau, (float, np.floating)) and np.isinf(tau):
-        return float(tau)
-    try:
-        return _check_real("tau", tau)
-    except (TypeError, ValueError) as error:
-        got = str(error).rpartition("got ")[2]
-        raise ValueError(f"tau must be a number, possibly infinite, got {got}") from None
+    if not _is_number(tau) or math.isnan(tau):
+        raise ValueError(f"tau must be a number, possibly infinite, got {tau!r}")
+    return float(tau)
 
 
 def _check_csr(indptr, indices, n, m):
-    indptr, indices = _as_array("indptr", indptr), _as_array("indices", indices)
-    for name, array in (("indptr", indptr), ("indices", indices)):
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise TypeError(
-                f"{name} must be a vector of integers, got dtype {array.dtype}, shape {array.shape}"
-            )
-    if (
-        indptr.size != n + 1
-        or indptr[0] != 0
-        or indptr[-1] != indices.size
-        or (indptr[1:] < indptr[:-1]).any()
-    ):
+    indptr, indices = _check_integers("indptr", indptr), _check_integers("indices", indices)
+    rises = indptr.size == n + 1 and indptr[0] == 0 and (np.diff(indptr) >= 0).all()
+    if not rises or indptr[-1] != indices.size:
         raise ValueError(
             f"indptr must rise from 0 to indices.size = {indices.size} in {n + 1} entries, one "
             f"more than X has rows; got {indptr.size} entries"
         )
     if indices.size and not 0 <= indices.min() <= indices.max() < m:
         raise IndexError(f"indices must be in 0..{m - 1}, got {indices.min()}..{indices.max()}")
-    indptr, indices = indptr.astype(np.int64), indices.astype(np.int64)
     pairs = np.repeat(np.arange(n), np.diff(indptr)) * m + indices
     if np.unique(pairs).size < pairs.size:
         raise ValueError("indices must name a neuron at most once for each point")
     return indptr, indices
-
-
-def _check_comm(comm):
-    lacking = [name for name in COMM if comm is not None and not hasattr(comm, name)]
-    if lacking:
-        raise TypeError(
-            f"comm must be an mpi4py communicator, but {type(comm).__name__} has no {lacking[0]}; "
-            "pass MPI.COMM_WORLD, or None for one process"
-        )
-    return comm
 
 
 def _check_memory(what, needed, remedy="use fewer neurons or points"):
@@ -5586,31 +5522,30 @@ def _in_threads(task, work, most=CHUNKS):
     threads = min(most, numba.get_num_threads()) if work >= 1 << 16 else 1
     shares = min(CHUNKS, 8 * threads) if work >= 1 << 24 else threads
     left, done, failures = deque(range(shares)), [None] * shares, []
-    busy = [threading.Lock() for _ in range(1, threads)]
+    busy = [threading.Lock() for _ in range(threads)]
 
     def serve(thread):
-        try:
-            while left:
-                with suppress(IndexError):  # another thread has taken the last one
-                    share = left.popleft()
+        with busy[thread]:
+            try:
+                while left:
+                    try:
+                        share = left.popleft()
+                    except IndexError:  # another thread has taken the last one
+                        break
                     edges = CHUNKS * share // shares, CHUNKS * (share + 1) // shares
                     done[share] = task(thread, *edges)
-        except BaseException as failure:
-            left.clear()
-            failures.append(failure)
-
-    def help_out(thread):
-        with busy[thread - 1]:
-            serve(thread)
+            except BaseException as failure:
+                left.clear()
+                failures.append(failure)
 
     try:
         with suppress(RuntimeError):  # where the interpreter ends, and starts no more threads
             for thread in range(1, threads):
-                _helpers(os.getpid()).put(partial(help_out, thread))
+                _helpers(os.getpid()).put(partial(serve, thread))
         serve(0)
     finally:
         left.clear()
-        _join(busy)
+        _join(busy[1:])
     if failures:
         raise failures[0]
     return done
@@ -5651,7 +5586,7 @@ def _sum_over_chunks(kernel, size, like, work, *arguments):
 
 
 # Who wants BLAS on one thread, and the numbers of threads before.
-_blas = {"users": set(), "before": None, "lock": threading.Lock()}
+_blas = {"users": set(), "before": (), "lock": threading.Lock()}
 
 
 @cache
@@ -5670,10 +5605,10 @@ def _release_blas(*users):
     with _blas["lock"]:
         mine = users or [user for user in _blas["users"] if user[0] == threading.get_ident()]
         _blas["users"].difference_update(mine)
-        if not _blas["users"] and _blas["before"] is not None:
+        if not _blas["users"]:
             for library, threads in _blas["before"]:
                 library.set_num_threads(threads)
-            _blas["before"] = None
+            _blas["before"] = ()
 
 
 @contextmanager
@@ -5686,7 +5621,7 @@ def _one_blas_thread():
     try:
         with _blas["lock"]:
             _blas["users"].add(user)
-            if _blas["before"] is None:
+            if not _blas["before"]:
                 _blas["before"] = [(some, some.num_threads) for some in _blas_libraries()]
                 for library in _blas_libraries():
                     library.set_num_threads(1)
@@ -5702,12 +5637,6 @@ def _one_blas_thread():
 # ==================================================================================================
 # Ranks: processes that share the neurons of one network
 # ==================================================================================================
-
-# What is asked of a communicator, which mpi4py's have.
-COMM = "Allreduce", "Allgather", "rank", "size"
-
-# What a rank can tell of an error, in bytes.
-TEXT = 1000
 
 # Numbers at the head of a message: how many ranks have failed, and the sums of a checksum of what
 # must be alike and of its square, from which every rank sees whether all have sent the same.
@@ -5760,6 +5689,20 @@ class _Ranks:
         self._buffers = None  # of the next message, (2, its length); None outside of stretches
         self._told = None  # the error that all ranks have been told of in this stretch
 
+    @classmethod
+    def of(cls, comm):
+        """Those of a communicator: the same object for all trainers, so that one may be used in a
+        callback of another."""
+        for name in ("Allreduce", "Allgather", "rank", "size"):
+            if comm is not None and not hasattr(comm, name):
+                raise TypeError(
+                    f"comm must be an mpi4py communicator, but {type(comm).__name__} has no "
+                    f"{name}; pass MPI.COMM_WORLD, or None for one process"
+                )
+        if comm is None or comm.size == 1:
+            return cls()
+        return _ranks_of.setdefault(id(comm), cls(comm))
+
     def own_blocks(self, count):
         """Which of `count` blocks are this rank's."""
         return range(self.rank, count, self.size)
@@ -5794,8 +5737,7 @@ class _Ranks:
             return
         _check_memory("messages between ranks", 48 * numbers, "use fewer points")
         buffers = np.zeros((2, HEAD + numbers), np.int64)
-        if self._buffers is not None:
-            self.sum()  # a rank that has no room for them tells here
+        self.sum()  # a rank that has no room for them tells here
         self._buffers = buffers
 
     def sum(self, *arrays, alike=b""):
@@ -5806,14 +5748,14 @@ class _Ranks:
         if self._told is not None:
             raise self._told
         _raise_interrupt()
-        own, total = self._buffers
         ends = HEAD + np.cumsum([0, *(array.size for array in arrays)])
-        places, checksum = [slice(*some) for some in pairwise(ends)], zlib.crc32(alike) >> 8
-        own[:], own[1:HEAD] = 0, (checksum, checksum**2)
-        for place, array in zip(places, arrays, strict=True):
-            own[place] = array.ravel()
-        self.comm.Allreduce(own, total)
-        failed, sum_of_them, sum_of_squares = total[:HEAD].tolist()
+        head, *parts, rest = np.split(self._buffers, ends, axis=1)
+        checksum = zlib.crc32(alike) >> 8
+        head[0], rest[0] = (0, checksum, checksum**2), 0
+        for part, array in zip(parts, arrays, strict=True):
+            part[0] = array.ravel()
+        self.comm.Allreduce(*self._buffers)
+        failed, sum_of_them, sum_of_squares = head[1].tolist()
         if failed:
             self._told = self._error_of_others()
         elif self.size * sum_of_squares != sum_of_them**2:
@@ -5824,32 +5766,26 @@ class _Ranks:
             )
         if self._told is not None:
             raise self._told
-        both = zip(places, arrays, strict=True)
-        return tuple(total[place].reshape(array.shape).copy() for place, array in both)
+        both = zip(parts, arrays, strict=True)
+        return tuple(part[1].reshape(array.shape).copy() for part, array in both)
 
     def gather(self, *arrays):
         """The arrays of all ranks, joined along the first axis in the order of ranks. Their lengths
         may differ. Every rank gets them all."""
         arrays = [np.asarray(array) for array in arrays]
-        if self.size == 1:
-            return arrays
-        self.sum(alike=repr([(array.dtype, array.shape[1:]) for array in arrays]).encode())
-        lengths = np.empty((self.size, len(arrays)), np.int64)
-        self.comm.Allgather(np.array([len(array) for array in arrays]), lengths)
-        needed = sum(lengths.max(axis=0) * [array[:1].nbytes for array in arrays])
-        _check_memory("what all ranks hold", 2 * self.size * needed)
-        messages = []
-        for array, longest in zip(arrays, lengths.max(axis=0), strict=True):
-            own = np.zeros((longest, *array.shape[1:]), array.dtype)
-            own[: len(array)] = array
-            messages.append((own, np.empty((self.size, *own.shape), array.dtype)))
+        return arrays if self.size == 1 else list(map(self._gathered, arrays))
+
+    def _gathered(self, array):
+        self.sum(alike=repr((array.dtype, array.shape[1:])).encode())
+        lengths = np.empty(self.size, np.int64)
+        self.comm.Allgather(np.array([len(array)]), lengths)
+        shape = self.size, lengths.max(), *array.shape[1:]
+        _check_memory("what all ranks hold", 2 * math.prod(shape) * array.itemsize)
+        own, every = np.zeros(shape[1:], array.dtype), np.empty(shape, array.dtype)
+        own[: len(array)] = array
         self.sum()  # a rank that has no room for them tells here
-        for message in messages:
-            self.comm.Allgather(*message)
-        return [
-            np.concatenate([part[:size] for part, size in zip(every, sizes, strict=True)])
-            for (_, every), sizes in zip(messages, lengths.T, strict=True)
-        ]
+        self.comm.Allgather(own, every)
+        return np.concatenate([part[:size] for part, size in zip(every, lengths, strict=True)])
 
     def agree(self, values):
         """Raises ValueError on all ranks unless the values, by name, are the same on all: arrays,
@@ -5860,9 +5796,10 @@ class _Ranks:
         def digest(value):
             found = hashlib.blake2b(digest_size=8)
             for part in value if isinstance(value, tuple) else (value,):
-                is_array = isinstance(part, np.ndarray)
-                found.update(repr(part.shape if is_array else part).encode())
-                found.update(np.ascontiguousarray(part) if is_array else b"")
+                if isinstance(part, np.ndarray):
+                    found.update(np.ascontiguousarray(part))
+                    part = part.shape
+                found.update(repr(part).encode())
             return int.from_bytes(found.digest(), "little")
 
         (every,) = self.gather(np.array([[digest(value) for value in values.values()]], np.uint64))
@@ -5877,34 +5814,26 @@ class _Ranks:
 
     def _confess(self, error):
         """Tells the other ranks that this one has failed."""
-        text = type(error).__name__
-        with suppress(Exception):
-            text = f"{text}|{error}"
-        own, total = self._buffers
-        own[:] = 0
-        own[0] = 1
-        self.comm.Allreduce(own, total)
-        self._texts(text)
+        self._buffers[0] = 0
+        self._buffers[0, 0] = 1
+        self.comm.Allreduce(*self._buffers)
+        self._texts("".join(traceback.format_exception_only(error)).strip())
         self._told = error
 
     def _texts(self, text):
         """What every rank has to tell of its error; nothing where there is none."""
-        own, every = np.zeros(TEXT, np.uint8), np.zeros((self.size, TEXT), np.uint8)
-        told = text.encode(errors="replace")[:TEXT]
-        own[: len(told)] = list(told)
-        self.comm.Allgather(own, every)
-        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in every]
+        own = np.array([text.encode(errors="replace")], "S1000")  # of which so many bytes
+        every = np.zeros(self.size, own.dtype)
+        self.comm.Allgather(own.view(np.uint8), every.view(np.uint8))
+        return [told.decode(errors="ignore") for told in every.tolist()]
 
     def _error_of_others(self):
         """The error to raise on this rank because others have failed."""
         texts = self._texts("")
         rank = next(rank for rank, text in enumerate(texts) if text)
-        kind, _, text = texts[rank].partition("|")
-        text = f"rank {rank} was ended by {kind}{': ' if text else ''}{text}"
-        for same in (ValueError, TypeError, KeyboardInterrupt):
-            if kind == same.__name__:
-                return same(text)
-        return RuntimeError(text)
+        kinds = {kind.__name__: kind for kind in (ValueError, TypeError, KeyboardInterrupt)}
+        kind = kinds.get(texts[rank].partition(":")[0], RuntimeError)
+        return kind(f"rank {rank} was ended by {texts[rank]}")
 
 
 # ==================================================================================================
@@ -5932,15 +5861,13 @@ def _warn_of_compiling(reason):
     )
 
 
-def _raised_by_numba(error):
-    """Whether an exception comes from the reading and writing of machine code, and not from a
-    signal handler of the caller, say."""
-    trace, theirs = error.__traceback__.tb_next, {"numba", "llvmlite", *sys.stdlib_module_names}
-    while trace is not None:
-        if trace.tb_frame.f_globals.get("__name__", "").split(".")[0] not in theirs:
-            return False
-        trace = trace.tb_next
-    return True
+def _raise_unless_numbas(error):
+    """Raises an exception again that does not come from the reading and writing of machine code,
+    but from a signal handler of the caller, say."""
+    theirs = {"numba", "llvmlite", *sys.stdlib_module_names}
+    for frame, _ in traceback.walk_tb(error.__traceback__.tb_next):
+        if frame.f_globals.get("__name__", "").split(".")[0] not in theirs:
+            raise error
 
 
 class _MachineCode(FunctionCache):
@@ -5951,18 +5878,15 @@ class _MachineCode(FunctionCache):
         try:
             return super().load_overload(*signature)
         except Exception as error:  # damaged files raise errors of many kinds
-            if not _raised_by_numba(error):
-                raise
+            _raise_unless_numbas(error)
             with suppress(OSError):
                 self.flush()
-            return None
 
     def save_overload(self, *compiled):
         try:
             super().save_overload(*compiled)
         except Exception as error:
-            if not _raised_by_numba(error):
-                raise
+            _raise_unless_numbas(error)
             _warn_of_compiling(getattr(error, "strerror", None) or repr(error))
 
 

@@ -4440,7 +4440,8 @@ def test_shares_of_the_chunks_come_in_order_each_once(work):
 
 @core
 @pytest.mark.parametrize("failing", [0, sublin.CHUNKS - 1])
-def test_a_share_that_fails_says_so_when_no_other_is_running(failing):
+@pytest.mark.parametrize("error", [MemoryError, IndexError])
+def test_a_share_that_fails_says_so_when_no_other_is_running(failing, error):
     running = set()
 
     def task(thread, low, high):
@@ -4448,10 +4449,10 @@ def test_a_share_that_fails_says_so_when_no_other_is_running(failing):
         time.sleep(0.002)
         running.discard(thread)
         if low <= failing < high:
-            raise MemoryError("of this share")
+            raise error("of this share")
 
     before = surroundings()
-    with pytest.raises(MemoryError, match="of this share"):
+    with pytest.raises(error, match="of this share"):
         sublin._in_threads(task, 1 << 26)
     assert not running and surroundings() == before
     assert len(sublin._in_threads(lambda *share: share, 1 << 16)) == numba.get_num_threads()
