@@ -600,29 +600,18 @@ class _Start(NamedTuple):
         return vectors, signs
 
     def groups(self, work, live, report=_to_nobody):
-        """work(first neuron, vectors, signs) of all neurons of this rank, in groups as _in_groups
-        yields them. A block of a law may end between multiples of BLOCK, and is cut at them."""
-        size = self.block_size
-        blocks = self.ranks.own_blocks(-(-self.width // size))
+        """work(first neuron, vectors, signs) of every BLOCK of this rank's neurons, in groups as
+        _in_groups yields them."""
+        count, in_block = -(-self.width // BLOCK), self.block_size // BLOCK
+        own = (k for k in range(count) if k // in_block % self.ranks.size == self.ranks.rank)
 
-        def parts():
-            for k in blocks:
-                first, last = k * size, min((k + 1) * size, self.width)
-                cuts = range((first // BLOCK + 1) * BLOCK, last, BLOCK)
-                yield from pairwise([first, *cuts, last])
+        def of_block(number):
+            return work(number * BLOCK, *self.block(number, live))
 
-        def of_part(part):
-            first, end = part
-            vectors, signs = self.block(first // BLOCK, live)
-            some = slice(first % BLOCK, first % BLOCK + end - first)
-            vectors = vectors[some.start // self.copies : some.stop // self.copies]
-            return work(first, vectors, signs[some])
-
-        count = len(blocks) * -(-size // BLOCK)
-        return _in_groups(of_part, parts(), count, BLOCK * self.d, report)
+        return _in_groups(of_block, own, count / self.ranks.size, BLOCK * self.d, report)
 
     def blocks(self, work, live, report=_to_nobody):
-        """The same block by block, with a row of weights for each neuron, also where two share
+        """The same one by one, with a row of weights for each neuron, also where two share
         one."""
 
         def of_each(first, vectors, signs):
@@ -708,11 +697,9 @@ class _Law(NamedTuple):
 
     @property
     def tail(self):
-        """Where normal numbers of proposals begin: no vector fires on x_i whose product with
-        x_i / |x_i| is less."""
-        X = self.points
-        lengths = np.linalg.norm(X, axis=1)
-        return (self.shift - 2.0 * _float32_rounding(X.shape[1])) / lengths.max()
+        """Where normal numbers of proposals begin: no vector fires on a point whose product with it
+        is less in float32."""
+        return self.shift - 2.0 * _float32_rounding(self.stages[0].shape[1])
 
     @property
     def rate(self):
@@ -723,8 +710,9 @@ class _Law(NamedTuple):
         return len(self.points) * math.exp(-0.5 * t * t) / (t * math.sqrt(2.0 * math.pi))
 
     def twins(self, width):
-        """How many twins a block has."""
-        return max(BLOCK // 2, int(min(PROPOSED / max(self.rate, 1e-300), width // 2)))
+        """How many twins a block has, a multiple of BLOCK / 2."""
+        proposed = int(min(PROPOSED / max(self.rate, 1e-300), width // 2))
+        return BLOCK // 2 * max(1, proposed // (BLOCK // 2))
 
     def first_firing(self, vectors, limits=None):
         """Products of the vectors (k, d) with all n points (k, n), both in float32; and the first
@@ -785,26 +773,12 @@ def _proposals(seed, block, twins, rate, tail, n, room):
     return None
 
 
-@njit(nogil=True)
-def _bend(vectors, points, lengths, directions):
-    """Gives vector k the product lengths[k] with the unit vector directions[points[k]]. Sums are in
-    a fixed order, whatever the machine."""
-    d = vectors.shape[1]
-    sums = np.empty(8, np.float32)
+@njit(nogil=True, fastmath=FAST)
+def _bend(vectors, points, lengths, X):
+    """Gives vector k the product lengths[k] with the unit vector X[points[k]], in float32."""
     for k in range(len(vectors)):
-        w, x = vectors[k], directions[points[k]]
-        sums[:] = 0
-        for z in range(0, d - d % 8, 8):
-            for y in range(8):
-                sums[y] += w[z + y] * x[z + y]
-        product = np.float32(0)
-        for z in range(d - d % 8, d):
-            product += w[z] * x[z]
-        for y in range(8):
-            product += sums[y]
-        lack = np.float32(lengths[k] - product)
-        for z in range(d):
-            w[z] += lack * x[z]
+        w, x = vectors[k], X[points[k]]
+        _add_multiple(w, np.float32(lengths[k] - _dot(w, x)), x)
 
 
 @njit(nogil=True)
@@ -827,8 +801,7 @@ class _LiveBlocks:
         law = start.law
         self._start, self._law, self._known = start, law, known[::2] // 2
         self._old = sum(map(len, law.stages[:-1]))  # points that the known twins were tested on
-        X = law.points
-        self._directions = (X / np.linalg.norm(X, axis=1)[:, None]).astype(np.float32)
+        self._X32 = law.points.astype(np.float32)
         self._tail, self._rate, self._size = law.tail, law.rate, law.twins(start.width)
         self.count = -(-start.width // (2 * self._size))
 
@@ -842,7 +815,7 @@ class _LiveBlocks:
         low, high = np.searchsorted(self._known, (first, first + size))
         known = self._known[low:high] - first
         if self._rate > HIGHEST_RATE:  # in a later stage only: all that are not known, drawn again
-            n, d = self._directions.shape
+            n, d = self._X32.shape
             live = NOBODY, np.zeros((0, d), np.float32), np.zeros((0, n), np.float32)
             again = np.setdiff1d(np.arange(size), known)
         else:
@@ -856,7 +829,7 @@ class _LiveBlocks:
     def _proposed(self, name, size, known):
         """Of the twins 0, ..., size - 1 of a block those that a proposal makes live, as block() has
         them; and those whose proposal contradicts what is known."""
-        expected, (n, d) = size * self._rate, self._directions.shape
+        expected, (n, d) = size * self._rate, self._X32.shape
         room, proposals = int(expected + 8 * np.sqrt(expected) + 64), None
         while proposals is None:
             proposals = _proposals(*name, size, self._rate, self._tail, n, room)
@@ -864,7 +837,7 @@ class _LiveBlocks:
         unknown = ~np.isin(proposals[0], known)
         twins, owners, lengths = (array[unknown] for array in proposals)
         vectors = _normal_vectors(name, LIVE_VECTORS, (twins.size, d))
-        _bend(vectors, owners, lengths, self._directions)
+        _bend(vectors, owners, lengths, self._X32)
         products, firsts = self._law.first_firing(vectors, owners + 1)
         again = twins[(firsts == owners) & (owners < self._old)]
         live = (firsts == owners) & (owners >= self._old)
@@ -874,7 +847,7 @@ class _LiveBlocks:
     def _woken(self, name, twins):
         """Of twins that get normal numbers until they fire on no old point, those that fire on a
         new one, with vectors and products."""
-        woken, attempt, (n, d) = [], 0, self._directions.shape
+        woken, attempt, (n, d) = [], 0, self._X32.shape
         while twins.size:
             vectors = _normal_vectors(name, AGAIN, (twins.size, d), attempt)
             products, firsts = self._law.first_firing(vectors)
@@ -882,23 +855,6 @@ class _LiveBlocks:
             woken.append((twins[found], vectors[found], products[found]))
             twins, attempt = twins[firsts < self._old], attempt + 1
         return map(np.concatenate, zip(*woken, strict=True))
-
-    def vectors(self, twins):
-        """The vectors of some live twins (k, d), from the blocks that hold them."""
-        order = np.argsort(twins)
-        numbers, firsts = np.unique(twins[order] // self._size, return_index=True)
-        found = np.empty((twins.size, self._start.d), np.float32)
-
-        def fill(task):
-            number, these = task
-            held, vectors, _ = self.block(number)
-            found[these] = vectors[np.searchsorted(held, twins[these])]
-
-        with _one_blas_thread():
-            parts = np.split(order, firsts[1:])[: numbers.size]
-            tasks = list(zip(numbers.tolist(), parts, strict=True))
-            _map_in_threads(fill, tasks, len(tasks) * PROPOSED * self._start.d)
-        return found
 
     def groups(self, work, report):
         """work(twins, vectors, products) of every block of this rank, in groups as _in_groups
@@ -4028,7 +3984,8 @@ class _Scales(NamedTuple):
 
     def unit_rows(self, X):
         if self.x is None:
-            return _check_unit_rows(X.copy())
+            lengths = np.linalg.norm(_check_unit_rows(X), axis=1, keepdims=True)
+            return X / np.where(np.abs(lengths - 1.0) < 1e-15, 1.0, lengths)
         factors = self.x.shrinking(X)
         X = self.x(X, factors)
         if self.lift:
@@ -4426,8 +4383,8 @@ class SublinearTrainer:
         before there was a ridge, s begins at 0, so that nu holds the network where it is.
     normalize : how the rows of X get length 1. "lift" gives columns mean 0 and variance 1, appends
         a constant coordinate, so that parallel rows stay apart, and scales the rows; "rows" does
-        the same without the coordinate; None takes X and y as they are and requires rows of length
-        1. Constant columns have no effect. Unless None, targets get mean 0 and variance 1 too, and
+        the same without the coordinate; None takes X and y as they are; rows must have length 1, to
+        1e-6. Constant columns have no effect. Unless None, targets get mean 0 and variance 1 too, and
         `predict` undoes it.
     dtype : precision of the products that "dense", "scan" and "tree" compute or keep. "float32"
         halves their memory and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always
