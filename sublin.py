@@ -1909,8 +1909,13 @@ class _Network(NamedTuple):
     live: np.ndarray  # (k,) numbers of this rank's live neurons, ascending
     signs: np.ndarray  # (k,) theirs
     weights: np.ndarray  # (k, d) theirs
-    longest: float  # at least as large as the length of any of these, or of any clear one
     clear: "_Clear | None" = None  # live neurons that are not held
+
+    @property
+    def longest(self):
+        """At least as large as the length of any of this rank's weight vectors."""
+        longest = max(self.start.longest, _longest(self.weights))
+        return longest + (0.0 if self.clear is None else self.clear.pulled)
 
     def outputs(self, X):
         """f (k,) at the rows of X (k, d), of the neurons of all ranks. Antisymmetric dead neurons
@@ -1972,13 +1977,13 @@ class _Network(NamedTuple):
         ranks = self.start.ranks
         if ranks.size == 1:
             return self
-        live, weights, signs, longest = self.dealt(lambda neurons: np.full(neurons.size, kept))
+        live, weights, signs, _ = self.dealt(lambda neurons: np.full(neurons.size, kept))
         start, clear = self.start._replace(ranks=_Ranks()), self.clear
         if clear is not None:
             (counts,) = ranks.gather([clear.count])
             sieve = clear.sieve._replace(start=start)
             clear = clear._replace(count=int(counts.sum()), sieve=sieve)
-        return _Network(start, self.shift, live, signs, weights, longest, clear)
+        return _Network(start, self.shift, live, signs, weights, clear)
 
     def _trained(self, first, W, signs):
         """A block of starting weights, with the trained ones in their places; and its signs."""
@@ -2100,10 +2105,7 @@ class _Search:
                 what = f"weights of {self.live.size} neurons near the threshold"
                 _check_memory(what, 24 * self.live.size * self.X.shape[1])
             order = np.argsort(self.live)
-            weights = self._weights(order)
-            longest = max(_longest(weights), self.start.longest)
-            longest += 0.0 if clear is None else clear.pulled
-            held = self.live[order], self.signs[order], weights, longest
+            held = self.live[order], self.signs[order], self._weights(order)
             network = _Network(self.start, self.shift, *held, clear)
             self._network_of = self.outputs, network
         return self._network_of[1]
@@ -2960,11 +2962,11 @@ class _Sieve(NamedTuple):
         """The live neurons of a block of all that have not moved, as a list of _LiveStarts."""
         return self._sift(*_unmoved(moved, *block))
 
-    def of_pairs(self, pairs, vectors, products):
-        """The same, of pairs that are live on some of the points seen so far."""
-        signs = np.broadcast_to(np.array([1, -1], np.int8), (pairs.size, 2))
+    def of_twins(self, twins, vectors, products):
+        """The same, of twins that are live on some of the points seen so far."""
+        signs = np.broadcast_to(np.array([1, -1], np.int8), (twins.size, 2))
         known = len(self.start.law.stages) == 1
-        return self._sift(2 * pairs, vectors, signs, products if known else None)
+        return self._sift(2 * twins, vectors, signs, products if known else None)
 
     def _limits(self):
         """The least product in float32 that may be active, and what margins are taken from."""
@@ -3015,7 +3017,7 @@ class _Clear(NamedTuple):
 
         def of_block(*block):
             found = []
-            for part in self.sieve._replace(wanted=CLEAR).of_pairs(*block):
+            for part in self.sieve._replace(wanted=CLEAR).of_twins(*block):
                 offsets = np.append(part.rows["start"], part.points.size)
                 pairs = self.sums[part.points], part.points, offsets
                 shape = part.live.size, self.sums.size
@@ -3316,7 +3318,7 @@ class _Lazy(_ByCounts):
             live_blocks = _LiveBlocks(self.start, moved.numbers)
             if self.lean and not moved.anywhere:
                 self._sieve = self._lean_sieve(live_blocks, y, reach)
-            groups = live_blocks.groups(self._sieve.of_pairs, report)
+            groups = live_blocks.groups(self._sieve.of_twins, report)
         else:
             work = partial(self._sieve.of_block, moved.numbers)
             groups = self.start.groups(work, moved.numbers, report)
@@ -3340,7 +3342,7 @@ class _Lazy(_ByCounts):
         reach = np.nextafter(reach.astype(np.float32), np.float32(np.inf))
         lean = self._sieve._replace(pull=reach, wanted=NEAR)
         with _one_blas_thread():
-            first = lean.of_pairs(*live_blocks.block(0))
+            first = lean.of_twins(*live_blocks.block(0))
         near, left_out = sum(p.live.size for p in first), sum(p.left_out for p in first)
         return lean if near <= left_out > 0 else self._sieve
 
@@ -4190,8 +4192,7 @@ def _restored(kind, about, arrays):
             geometry = Geometry.of(X, X @ X.T, about["shift_"], start.width)
         clear = _Clear(int(arrays["clear_count"]), _Sieve(start, geometry, pull, NEAR), sums)
     live, signs, weights = _in_order(live, signs.astype(float), weights)
-    longest = max(_longest(weights), start.longest) + (0.0 if clear is None else clear.pulled)
-    network = _Network(start, about["shift_"], live, signs, weights, longest, clear)
+    network = _Network(start, about["shift_"], live, signs, weights, clear)
     vars(trainer).update(
         {name: about[name] for name in SAVED},
         _scales=_Scales(x_standard, y_standard, about["lift"], about["normalize"]),
@@ -4384,8 +4385,8 @@ class SublinearTrainer:
     normalize : how the rows of X get length 1. "lift" gives columns mean 0 and variance 1, appends
         a constant coordinate, so that parallel rows stay apart, and scales the rows; "rows" does
         the same without the coordinate; None takes X and y as they are; rows must have length 1, to
-        1e-6. Constant columns have no effect. Unless None, targets get mean 0 and variance 1 too, and
-        `predict` undoes it.
+        1e-6. Constant columns have no effect. Unless None, targets get mean 0 and variance 1 too,
+        and `predict` undoes it.
     dtype : precision of the products that "dense", "scan" and "tree" compute or keep. "float32"
         halves their memory and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always
         decides in float64.
