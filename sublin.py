@@ -4456,10 +4456,11 @@ def _restored(kind, arrays):
     trainer._check_options()
     X = _check_matrix("X", arrays["X"])
     y = _check_vector("y", arrays["y"], size=len(X))
-    scales = _Scales(None, None, about["lift"], about["normalize"])
-    if scales.normalize is not None:
-        standards = (_Standard(*arrays[name]) for name in ("x_standard", "y_standard"))
-        scales = _Scales(*standards, *scales[2:])
+    x_standard, y_standard = (
+        _Standard(*arrays[name]) if name in arrays else None
+        for name in ("x_standard", "y_standard")
+    )
+    scales = _Scales(x_standard, y_standard, about["lift"], about["normalize"])
     start = _Start(trainer.random_state, trainer.width, X.shape[1], trainer.init, _Ranks())
     if "law_points" in arrays:
         points = _check_matrix("law_points", arrays["law_points"])
@@ -4855,6 +4856,7 @@ class SublinearTrainer:
         moved = _Moved(NOBODY, np.zeros((0, d), np.float32), np.zeros(0), 0.0)
         self._begin_search(start, moved, True, progress)
         self._sums, self._mean_diagonal = np.zeros(n), self._search.mean_diagonal
+        self._measure()
         self.history_, damping = [], 0.0 if self.damping == "auto" else float(self.damping)
         told = dict.fromkeys(("changed", "flips", "inner_iterations", "rejected"), 0)
         self._record(_Stopwatch(), damping=damping, **told)
@@ -4968,6 +4970,7 @@ class SublinearTrainer:
 
     @property
     def _nu(self):
+        """nu, as ridge has it."""
         return self.ridge * self._mean_diagonal
 
     def _measure(self):
@@ -5050,8 +5053,7 @@ class SublinearTrainer:
         return False
 
     def _record(self, stopwatch, **told):
-        """Measures, and adds a record to history_, after a step or at the start."""
-        self._measure()
+        """Adds a record to history_, after a step or at the start."""
         search, n = self._search, len(self._y)
         operations, looked_at = search.take_counts()
         unit = _norm(self._y) * self._scales.y_unit / np.sqrt(2 * n)
