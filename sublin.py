@@ -527,7 +527,6 @@ class _Start(NamedTuple):
     init: str
     ranks: "_Ranks"  # the processes that share the neurons
     law: "_Law | None" = None
-    stored: tuple | None = None  # (vectors, signs) of all neurons, where a file holds them
 
     @property
     def copies(self):
@@ -547,8 +546,7 @@ class _Start(NamedTuple):
     @property
     def longest(self):
         """At least as large as the length of any of these vectors."""
-        drawn = 4.0 * LARGEST_NORMAL * math.sqrt(self.d)  # a live one is g + (z - <g, x>) x
-        return drawn if self.stored is None else max(drawn, _longest(self.stored[0]))
+        return 4.0 * LARGEST_NORMAL * math.sqrt(self.d)  # a live one is g + (z - <g, x>) x
 
     @property
     def own_width(self):
@@ -562,9 +560,7 @@ class _Start(NamedTuple):
 
     def signs(self, number):
         """Signs (int8) of the neurons from number * BLOCK on."""
-        first, count = number * BLOCK, min(BLOCK, self.width - number * BLOCK)
-        if self.stored is not None:
-            return self.stored[1][first : first + count]
+        count = min(BLOCK, self.width - number * BLOCK)
         if self.init == "antisymmetric":
             return np.tile(np.array([1, -1], np.int8), count // 2)
         uniform = np.empty(count)
@@ -580,8 +576,6 @@ class _Start(NamedTuple):
         """Vectors (float32) and signs of the BLOCK neurons from number * BLOCK on. Under a law,
         vectors of the neurons `live` are zeros: those of this rank that it knows to be."""
         first, signs = number * BLOCK, self.signs(number)
-        if self.stored is not None:
-            return self.stored[0][first : first + signs.size], signs
         name, count = (np.uint64(self.seed), np.uint64(number)), signs.size // self.copies
         vectors = np.zeros((count, self.d), np.float32)
         if self.law is None:
