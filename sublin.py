@@ -4788,7 +4788,7 @@ class SublinearTrainer:
                 draft._go_on(X, y, shift, progress)
             else:
                 draft._begin(X, y, shift, names, seed, progress)
-            self.__dict__ = vars(draft)
+            self._adopt(draft)
             first, at_first = len(self.history_), self._system_residual
             stopped = (not goes_on and self._tell(progress)) or self._train(progress)
         except SystemError as error:  # what an exception in a compiled kernel may show as
@@ -4805,11 +4805,21 @@ class SublinearTrainer:
             self._warn([at_first, *later])
 
     def _draft(self):
-        """A trainer that is what this one is to become, as this one takes over the attributes of
-        the draft all at once: an exception, which may come at any moment, leaves it as it was."""
+        """A copy, on which a fit works until _adopt() takes it over, so that an exception, which
+        may come at any moment, leaves this trainer as it was."""
         draft = object.__new__(type(self))
         vars(draft).update(vars(self))
         return draft
+
+    def _adopt(self, draft):
+        """Takes over the network of a draft, all at once. Options, whose names neither begin nor
+        end with an underscore, stay: a signal handler may have set them since."""
+
+        def part(trainer, of_network):
+            named = vars(trainer).items()
+            return {k: value for k, value in named if ("_" in (k[0], k[-1])) == of_network}
+
+        self.__dict__ = {**part(self, False), **part(draft, True)}
 
     def _agree(self, X, y, seed, ranks):
         """Makes sure that all ranks fit the same. Returns the seed, rank 0's if it is drawn, and
@@ -5039,7 +5049,7 @@ class SublinearTrainer:
                 told = {"changed": changed, "flips": flips, "rejected": rejected}
                 told |= {"inner_iterations": inner_iterations, "damping": float(mu)}
                 trial._record(stopwatch, **told)
-                self.__dict__ = vars(trial)  # now the step is done, and there is no mark any more
+                self._adopt(trial)  # now the step is done, and there is no mark any more
                 return True
             self._roll_back()
             stopwatch.lap("seconds_query")

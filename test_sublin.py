@@ -2242,6 +2242,18 @@ def test_an_interrupt_takes_the_running_step_back_and_goes_on_to_the_caller(sear
     assert fitted.fit(X, y).converged_
 
 
+@core
+def test_options_set_in_the_middle_of_a_step_stay(monkeypatch):
+    fitted, advance = trainer(200, search="scan", callback=lambda _: None), sublin._Scan.advance
+
+    def set_meanwhile(search, *arguments):
+        fitted.callback = lambda record: record["iteration"] == 1
+        return advance(search, *arguments)
+
+    monkeypatch.setattr(sublin._Scan, "advance", set_meanwhile)
+    assert fitted.fit(*problem(8, 4)).n_iter_ == 1
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no such signals")
 @searches
 def test_fits_broken_off_at_any_moment_leave_a_whole_network(search):
