@@ -531,7 +531,6 @@ class _Start(NamedTuple):
     init: str
     ranks: "_Ranks"  # the processes that share the neurons
     law: "_Law | None" = None
-    stored: tuple | None = None  # (vectors, signs) of all neurons, where a file holds them
 
     @property
     def copies(self):
@@ -551,8 +550,7 @@ class _Start(NamedTuple):
     @property
     def longest(self):
         """At least as large as the length of any of these vectors."""
-        drawn = 4.0 * LARGEST_NORMAL * math.sqrt(self.d)  # a live one is g + (z - <g, x>) x
-        return drawn if self.stored is None else max(drawn, _longest(self.stored[0]))
+        return 4.0 * LARGEST_NORMAL * math.sqrt(self.d)  # a live one is g + (z - <g, x>) x
 
     @property
     def own_width(self):
@@ -566,9 +564,7 @@ class _Start(NamedTuple):
 
     def signs(self, number):
         """Signs (int8) of the neurons from number * BLOCK on."""
-        first, count = number * BLOCK, min(BLOCK, self.width - number * BLOCK)
-        if self.stored is not None:
-            return self.stored[1][first : first + count]
+        count = min(BLOCK, self.width - number * BLOCK)
         if self.init == "antisymmetric":
             return np.tile(np.array([1, -1], np.int8), count // 2)
         uniform = np.empty(count)
@@ -584,8 +580,6 @@ class _Start(NamedTuple):
         """Vectors (float32) and signs of the BLOCK neurons from number * BLOCK on. Under a law,
         vectors of the neurons `live` are zeros: those of this rank that it knows to be."""
         first, signs = number * BLOCK, self.signs(number)
-        if self.stored is not None:
-            return self.stored[0][first : first + signs.size], signs
         name, shape = (np.uint64(self.seed), np.uint64(number)), (signs.size // self.copies, self.d)
         if self.law is None:
             return _normal_vectors(name, VECTORS, shape), signs
@@ -3933,8 +3927,7 @@ class _Standard(NamedTuple):
     def of(cls, A):
         unit = np.abs(A).max(axis=0)
         unit = np.where(unit > 0, unit, 1.0)
-        mean = (A / unit).mean(axis=0)
-        deviation = (A / unit).std(axis=0)
+        mean, deviation = (A / unit).mean(axis=0), (A / unit).std(axis=0)
         constant = deviation <= 8 * np.finfo(float).eps
         return cls(unit, mean, np.where(constant, np.inf, deviation))
 
@@ -3981,8 +3974,7 @@ class _Scales(NamedTuple):
             return cls(None, None, 0.0, None)
         x = _Standard.of(X)
         length = np.sqrt(np.mean(np.sum(x(X) ** 2, axis=1))) or 1.0
-        lift = LIFT * length if normalize == "lift" else 0.0
-        return cls(x, _Standard.of(y), lift, normalize)
+        return cls(x, _Standard.of(y), LIFT * length if normalize == "lift" else 0.0, normalize)
 
     def unit_rows(self, X):
         if self.x is None:
@@ -4021,63 +4013,55 @@ class _Scales(NamedTuple):
         return 1.0 if self.y is None else float(self.y.scale * self.y.unit)
 
 
-def _unreachable(X, y, warn=True):
-    """The part of y, (n,), that no function of X can fit, its deviations from the means over equal
-    rows; may warn if there is any."""
+def _unreachable(X, y):
+    """The part of y, (n,), that no function of X can fit: deviations from means over equal rows."""
     rows = np.round(X, 12) + 0.0
     _, group, sizes = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     group = group.ravel()
     deviations = y - (np.bincount(group, y) / sizes)[group]
     deviations[np.abs(deviations) <= 1e-12 * np.abs(y).max()] = 0.0
-    if not deviations.any() or not warn:
-        return deviations
-    least = np.linalg.norm(deviations) / np.linalg.norm(y)
-    first = int(np.flatnonzero(deviations)[0])
-    second = int(np.flatnonzero((group == group[first]) & (y != y[first]))[0])
+    return deviations
+
+
+def _warn_of_coinciding_rows(X, y, unreachable):
+    first = np.flatnonzero(unreachable)[0]
+    alike = (np.round(X, 12) == np.round(X[first], 12)).all(axis=1)
+    second = np.flatnonzero(alike & (y != y[first]))[0]
+    least = np.linalg.norm(unreachable) / np.linalg.norm(y)
     warnings.warn(
-        f"{np.count_nonzero(deviations)} rows of X coincide with rows that have other targets, the "
-        f"first are {first} and {second}: no network brings the relative residual below "
+        f"{np.count_nonzero(unreachable)} rows of X coincide with rows that have other targets, "
+        f"the first are {first} and {second}: no network brings the relative residual below "
         f"{least:.3g}; merge such rows, or set tol above that. If they differ in what you passed, "
         "entries that dwarf all others hide it: clip or transform their columns",
         UserWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
-    return deviations
 
 
 # ==================================================================================================
 # Saving
 # ==================================================================================================
 
-FORMAT, WITHOUT_DUAL = "sublin network, version 4", "sublin network, version 3"
-FORMER = "sublin network, version 1", "sublin network, version 2"
+FORMAT = "sublin network, version 5"
 SAVED = (
     *("history_", "residual_", "n_iter_", "converged_"),
     *("shift_", "n_live_", "init_seconds_", "n_features_in_"),
 )
 
 
-def _save(trainer, path, ranks):
-    """Writes a trainer as an npz file without pickled objects, whose checksums notice damage. Of
-    the ranks that share it the first one writes."""
-    network, scales = trainer._trained_network(), trainer._scales
-    network = network.of_all_ranks(kept=ranks.rank == 0)
-    if ranks.rank > 0:
-        return
-    start = network.start
+def _saved(trainer, network):
+    """What a file holds of a trainer, of whose network one process has all: arrays by name."""
+    start, scales = network.start, trainer._scales
     arrays = {
         "X": trainer._X,
         "y": trainer._y,
-        "unreachable": trainer._unreachable,
-        "dual": trainer._dual,
+        "sums": trainer._sums,
         "live": network.live,
         "signs": network.signs.astype(np.int8),
         "weights": network.weights.astype(float),
     }
-    for name, standard in (("x", scales.x), ("y", scales.y)):
-        if standard is not None:
-            fields = standard._asdict().items()
-            arrays |= {f"{name}_{key}": np.asarray(value) for key, value in fields}
+    if scales.normalize is not None:
+        arrays |= {"x_standard": np.array(scales.x), "y_standard": np.array(scales.y)}
     if network.clear is not None:
         arrays |= {"clear_pull": network.clear.sieve.pull, "clear_sums": network.clear.sums}
         arrays["clear_count"] = np.array(network.clear.count)
@@ -4085,12 +4069,6 @@ def _save(trainer, path, ranks):
         arrays["law_points"] = start.law.points
         arrays["law_stages"] = np.cumsum([len(stage) for stage in start.law.stages])
         arrays["law_seen"] = np.array(start.law.seen)
-    if start.init == "gaussian" and network.live.size < start.width:
-        what = f"the starting weights of {start.width} neurons"
-        _check_memory(what, start.width * start.d * 4)
-        blocks = start.blocks(lambda first, W, signs: (W, signs), network.live)
-        blocks = zip(*blocks, strict=True)
-        arrays["starting_weights"], arrays["starting_signs"] = map(np.concatenate, blocks)
     drawn = {"random_state": start.seed, "width": start.width, "init": start.init}
     about = {
         "format": FORMAT,
@@ -4102,7 +4080,7 @@ def _save(trainer, path, ranks):
         **{name: getattr(trainer, name) for name in SAVED},
     }
     text = json.dumps(about, default=lambda number: number.item())
-    _write_whole(path, {**arrays, "about": np.frombuffer(text.encode(), np.uint8)})
+    return {**arrays, "about": np.frombuffer(text.encode(), np.uint8)}
 
 
 def _write_whole(path, arrays):
@@ -4137,87 +4115,53 @@ def _check_regular_file(path):
     return path
 
 
-def _load(kind, path):
-    """The trainer, of class `kind`, that _save has written. No code of the file is run."""
-    with open(_check_regular_file(os.fspath(path)), "rb") as file:
-        try:
-            loaded = np.load(file, allow_pickle=False)
-            arrays = {name: loaded[name] for name in loaded.files}
-            about = json.loads(arrays.pop("about").tobytes())
-            if about["format"] in FORMER:
-                raise ValueError(
-                    "it is from before sublin had a random generator of its own, so that neurons "
-                    "that never fired cannot be drawn again"
-                )
-            if about["format"] not in (FORMAT, WITHOUT_DUAL):
-                raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
-            return _restored(kind, about, arrays)
-        except MemoryError:
-            raise
-        except Exception as error:  # what a damaged archive raises is of many kinds
-            raise ValueError(
-                "path must be a file written by SublinearTrainer.save, but "
-                f"{os.fspath(path)!r} is damaged or foreign ({type(error).__name__}: {error}); "
-                "save the trainer again"
-            ) from None
-
-
-def _restored(kind, about, arrays):
+def _restored(kind, arrays):
     """A trainer of class `kind` from what a file holds."""
-    trainer = kind(**about["params"])
+    about = json.loads(arrays["about"].tobytes())
+    if about["format"] != FORMAT:
+        raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
+    trainer, shift = kind(**about["params"]), about["shift_"]
     trainer._check_options()
     X = _check_matrix("X", arrays["X"])
     y = _check_vector("y", arrays["y"], size=len(X))
     x_standard, y_standard = (
-        _Standard(*(arrays[f"{name}_{key}"] for key in _Standard._fields))
-        if f"{name}_unit" in arrays
-        else None
-        for name in "xy"
+        _Standard(*arrays[name]) if name in arrays else None
+        for name in ("x_standard", "y_standard")
     )
+    scales = _Scales(x_standard, y_standard, about["lift"], about["normalize"])
     start = _Start(trainer.random_state, trainer.width, X.shape[1], trainer.init, _Ranks())
     if "law_points" in arrays:
         points = _check_matrix("law_points", arrays["law_points"])
         stages = tuple(np.split(points, arrays["law_stages"][:-1]))
-        start = start._replace(law=_Law(stages, about["shift_"], bool(arrays["law_seen"])))
-    if "starting_weights" in arrays:
-        start = start._replace(stored=(arrays["starting_weights"], arrays["starting_signs"]))
-        _check_together(*start.stored, trainer.width, X.shape[1])
+        start = start._replace(law=_Law(stages, shift, bool(arrays["law_seen"])))
     live, signs, weights = arrays["live"], arrays["signs"], arrays["weights"]
-    _check_together(weights, signs, live.size, X.shape[1])
+    fits = weights.shape == (*live.shape, X.shape[1]) and signs.shape == live.shape
+    if not (fits and np.isfinite(weights).all() and (np.abs(signs) == 1).all()):
+        raise ValueError("its arrays do not fit together")
     live = _check_indices("live", live, trainer.width) if live.size else NOBODY
+    live, signs, weights = _in_order(live, signs.astype(float), weights)
     clear = None
     if "clear_sums" in arrays:
         pull, sums = arrays["clear_pull"], _check_vector("sums", arrays["clear_sums"], size=len(X))
         with _one_blas_thread():
-            geometry = Geometry.of(X, X @ X.T, about["shift_"], start.width)
+            geometry = Geometry.of(X, X @ X.T, shift, start.width)
         clear = _Clear(int(arrays["clear_count"]), _Sieve(start, geometry, pull, NEAR), sums)
-    live, signs, weights = _in_order(live, signs.astype(float), weights)
-    network = _Network(start, about["shift_"], live, signs, weights, clear)
     vars(trainer).update(
         {name: about[name] for name in SAVED},
-        _scales=_Scales(x_standard, y_standard, about["lift"], about["normalize"]),
-        **{"_X": X, "_y": y, "_unreachable": arrays["unreachable"]},
-        _dual=_check_vector("dual", arrays.get("dual", np.zeros(len(X))), size=len(X)),
-        _mean_diagonal=about.get("unit", about["history_"][0]["active"] / trainer.width),
-        **{"_search": None, "_network": network},
+        **{"_X": X, "_y": y, "_unreachable": _unreachable(X, y), "_scales": scales},
+        _sums=_check_vector("sums", arrays["sums"], size=len(X)),
+        _mean_diagonal=about["unit"],
+        _network=_Network(start, shift, live, signs, weights, clear),
+        _search=None,
     )
     if about["feature_names"]:
         trainer.feature_names_in_ = np.asarray(about["feature_names"], dtype=object)
     return trainer
 
 
-def _check_together(weights, signs, size, d):
-    """That weights and signs are those of so many neurons."""
-    fits = weights.shape == (size, d) and signs.shape == (size,) and np.isfinite(weights).all()
-    if not fits or not (np.abs(signs) == 1).all():
-        raise ValueError("its arrays do not fit together")
-
-
 # ==================================================================================================
 # Trainer (Algorithm 5)
 # ==================================================================================================
-
-PHASES = ("seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update")
 
 
 class ConvergenceWarning(RuntimeWarning):
@@ -4228,8 +4172,8 @@ class _Stopwatch:
     """Seconds by phase: lap(phase) books the time since the last lap."""
 
     def __init__(self):
-        self.phases = dict.fromkeys(PHASES, 0.0)
-        self._last = time.perf_counter()
+        phases = "seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update"
+        self.phases, self._last = dict.fromkeys(phases, 0.0), time.perf_counter()
 
     def lap(self, phase):
         now = time.perf_counter()
@@ -4279,13 +4223,13 @@ class _Damping:
 
 
 class _Progress:
-    """What fit tells while it runs: nothing, lines (verbose=1), or bars (verbose=2, where tqdm is
-    installed)."""
+    """What a fit tells while it runs, to the callback, and by lines (verbose=1) or bars (verbose=2,
+    where tqdm is installed)."""
 
     def __init__(self, verbose, max_iter, ranks):
-        self.verbose, self._tqdm = verbose if ranks.rank == 0 else 0, None
-        self.ranks, self.has_callback = ranks, True  # whether any rank has one
-        self.over = False  # whether fit has ended
+        self.ranks, self.verbose, self._tqdm = ranks, verbose if ranks.rank == 0 else 0, None
+        self.any_callback = False  # whether any rank has one
+        self.over = False  # whether the fit has ended
         self.error_state = np.geterr()  # of the caller, for the callback
         if self.verbose == 2:
             with suppress(ImportError):
@@ -4336,19 +4280,17 @@ class SublinearTrainer:
 
     Parameters
     ----------
-    width : int, number m of neurons, which must be even with init="antisymmetric".
+    width : int, number m of neurons, even with init="antisymmetric".
     shift : float, "auto" or "paper", threshold b of the activation. "paper" is
-        default_shift(width, alpha); "auto" begins with that and lowers b, to 1 at the least, until
-        the second step is predicted to be at most 0.08 times as long as the first: a prediction
-        from X, y, width, ridge and damping, O(min(n, 1024)^3). shift_ says what was taken. In a
-        warm start "auto" keeps it.
+        default_shift(width, alpha); "auto" lowers that, to 1 at the least, until the second step is
+        predicted to be at most 0.08 times as long as the first, O(min(n, 1024)^3). shift_ says what
+        was taken; a warm start keeps it.
     alpha : float in [0, 1), for "auto" and "paper".
     search : how active neurons are found; same network, same steps, other costs for each step.
-        "lazy"   products of live neurons near or above the threshold, and a certificate for each
-                 neuron: only those looked at that may have crossed. About O(n |K|) for a first
-                 step, then the fewer the smaller the steps. Where neurons fire on many points, or
-                 there are few neurons, activity in words instead, products in float32 that are
-                 decided in float64 where rounding matters, and O(n d) for a look.
+        "lazy"   products of live neurons near or above the threshold, and for each neuron a
+                 certificate, until which nobody looks at them. About O(n |K|) for a first step,
+                 then less as steps get smaller. Where neurons fire on many points, or there are
+                 few, activity in words instead, and O(n d) for a look.
         "tree"   search trees over stored products: the paper. O(n |K| (min(k, d) + log m)) for |K|
                  changed neurons, each active on k points.
         "scan"   stored products, all compared: O(n m + n |K| min(k, d)).
@@ -4361,27 +4303,25 @@ class SublinearTrainer:
         "gradient"    g = (f - y) / ||G_0||: gradient descent. damping="auto" shortens the steps
                       where the residual would rise; a number has no effect.
         "sketch", "richardson" and "cg" stop at the relative tolerance of Algorithm 5,
-        sqrt(lambda / n) / 6, which takes the smallest eigenvalue of the kernel, O(n^3), once. Their
-        steps differ between searches within that tolerance; those of the exact solvers do not.
+        sqrt(lambda / n) / 6, which takes O(n^3) once; to it, steps of all searches agree.
     sketch : "sparse", "srht" or "gaussian".
     sketch_size : int >= n, rows of the sketch; None is max(8 n, 4 d), with 64 (n + 8) for
         "richardson".
-    draw : "all" draws every neuron, from the seed alone. "live" draws no antisymmetric pair that
-        fires on no point, which is the same network in law; dead neurons are drawn where somebody
-        asks for them. It is "all" where it would take as long, and "auto" is "live" where that is
-        faster. For given seed, X, width and shift the weights are the same for every search.
+    draw : "all" draws every neuron, from random_state alone. "live" draws no antisymmetric pair
+        that fires on no point until somebody asks for it, which is the same network in law; it is
+        "all" where it would take as long. "auto" is "live" where that is faster. For given seed, X,
+        width and shift the weights are the same for every search.
     init : "antisymmetric", neurons in pairs (w, +1), (w, -1), so that f = 0 at the start; or
         "gaussian", independent signs as in the paper.
-    damping : float >= 0, 0 being the paper's pure step; or "auto", Levenberg-Marquardt: the
-        residual (with a ridge, system_residual) never rises, for a step that would raise it is
-        taken back and tried again with more damping, which fades as the linear model proves right.
+    damping : float >= 0, 0 being the paper's pure step; or "auto", Levenberg-Marquardt: a step that
+        would raise the residual (with a ridge, system_residual) is taken back and tried again with
+        more damping, which fades as the linear model proves right.
     ridge : float >= 0; above 0 targets are fitted up to noise. Training then tends to where
         f - y = nu s, s being the sum of the dual steps and nu = ridge times the mean of
         G's diagonal at the start: where no pair flips that is kernel ridge regression with the
-        network's own kernel. Each step solves (G + (nu + damping) I) g = f - y - nu s, and
-        tol, damping="auto" and system_residual are about that right side. 0.1 to 1 suit most noisy
-        tables. A warm start on the same X goes on with s; on other points, or from a file written
-        before there was a ridge, s begins at 0, so that nu holds the network where it is.
+        network's own kernel. Each step solves (G + (nu + mu) I) g = f - y - nu s. 0.1 to 1 suit
+        most noisy tables. A warm start on the same X goes on with s; on other points s begins at 0,
+        so that nu holds the network where it is.
     normalize : how the rows of X get length 1. "lift" gives columns mean 0 and variance 1, appends
         a constant coordinate, so that parallel rows stay apart, and scales the rows; "rows" does
         the same without the coordinate; None takes X and y as they are; rows must have length 1, to
@@ -4399,23 +4339,24 @@ class SublinearTrainer:
     warm_start : bool; if True, fit goes on from the weights that the last fit, or load, has left.
     callback : called with each record of history_; training stops if it returns True.
     verbose : 1 prints a line for each step, 2 shows bars where tqdm is installed.
-    comm : None, or an mpi4py communicator (anything with its Allreduce, Allgather, rank and size).
-        Its ranks share the neurons in blocks of 2^14 or more, block k being on rank k mod size.
+    comm : None, or an mpi4py communicator (anything with its Allreduce, Allgather, rank and size),
+        whose ranks share the neurons in blocks of 2^14 or more, block k being on rank k mod size.
         Needs search="lazy". All ranks pass the same X, y and options, but for callback and verbose;
-        on machines of one kind they get the network of one process, to the bit.
+        on machines of one kind they get the network of one process, to the bit, and the same
+        attributes, but for seconds.
         *Collective* are fit, predict, score, weights, active_sets, check and save, and to pickle or
         copy a trainer: all ranks make these calls in the same order, in callbacks too, and a call
         that some ranks do not make waits for ever. All else is local, and so is everything with a
         network from load or pickle until fit has spread it.
-        An error or an interrupt on one rank ends the call on all. The others raise ValueError,
-        TypeError or KeyboardInterrupt if it was that, else RuntimeError, and name the rank and the
-        cause. An interrupt waits for the next message. Only rank 0 prints, and warns of how
-        training ended. If the callback of any rank returns True, training stops on all.
+        An error or an interrupt on one rank ends the call on all at the next message. The others
+        raise ValueError, TypeError or KeyboardInterrupt if it was that, else RuntimeError, and name
+        the rank and the cause. Only rank 0 prints, and warns of how training ended. If the callback
+        of any rank returns True, training stops on all.
         Each rank sends 8 (n^2 + 2 n + 7) bytes at the start, for each step tried, once or twice at
         the end, and for each record if any rank has a callback; all of them again where the search
-        begins again with a wider reach. "sketch" and "richardson" send all active pairs to all
-        ranks in every step; weights, save, pickle and a warm start on other points send all that is
-        held of live neurons.
+        begins again with a wider reach. "sketch" and "richardson" send all active pairs in every
+        step; weights, save, pickle and a warm start on other points all that is held of live
+        neurons.
 
     Attributes
     ----------
@@ -4424,16 +4365,14 @@ class SublinearTrainer:
         squared error, in the units of y squared), active (mean |Q_i| after it), changed (|K|,
         neurons the step moved), looked_at (neurons whose products it read), flips (pairs that
         crossed the threshold), inner_iterations, damping, rejected (steps taken back before it),
-        operations (multiply-adds, comparisons and moves of products), seconds, and seconds by
-        phase: seconds_query, seconds_jacobian (Gram matrix or sketch), seconds_solve,
-        seconds_update. The start has no seconds: they are init_seconds_.
+        operations (multiply-adds, comparisons and moves of products), seconds, and of these
+        seconds_query, seconds_jacobian (Gram matrix or sketch), seconds_solve and seconds_update.
+        The start has no seconds: they are init_seconds_.
     loss_curve_ : list of the losses.
     residual_ (float), ||f - y|| / ||y||, n_iter_ (int), converged_ (bool), whether the system's
-        residual is at most tol, shift_ (float), n_live_ (int, neurons
-        active on some point when the search began and, except with "dense", all that an earlier
-        fit held), init_seconds_ (float), signs_ (m,) int8.
-
-    Attributes are the same on all ranks, but for seconds.
+        residual is at most tol, shift_ (float), n_live_ (int, neurons active on some point when the
+        search began and, except with "dense", all that an earlier fit held), init_seconds_ (float),
+        signs_ (m,) int8.
 
     Memory: "lazy" holds for each live neuron its starting weights, 72 bytes more, and 12 for each
     pair near the threshold, or, in words, 8 d + n / 8 bytes, and twice that in a step; nothing of
@@ -4446,8 +4385,9 @@ class SublinearTrainer:
     are zero.
     """
 
-    # The mark of a step that has begun and is not in history_, and the progress of its fit.
-    _unfinished = None
+    _unfinished = (
+        None  # the mark of a step that has begun and is not in history_; its fit's progress
+    )
     _enough = None  # see _choose_shift
 
     def __init__(
@@ -4497,22 +4437,29 @@ class SublinearTrainer:
     def _fit(self, X, y, progress):
         ranks, shift = progress.ranks, self._check_options()
         goes_on = self.warm_start and hasattr(self, "history_")
-        given, X = X, (_check_features(X, self) if goes_on else _check_matrix("X", X))
+        names, X = _feature_names(X), _check_features(X, self) if goes_on else _check_matrix("X", X)
         y = _check_targets(y, len(X))
-        self._check_sketch_size(len(X))
+        if SOLVERS[self.solver].sketches and self.sketch_size is not None:
+            size, n = self.sketch_size, len(X)
+            if size < n:
+                raise ValueError(
+                    f"sketch_size must be at least the number {n} of points, got {size}"
+                )
+            _check_memory(f"a sketch with sketch_size={size}", 16 * size * n, "use a smaller one")
         seed = None if goes_on else _seed(self.random_state)
-        seed, progress.has_callback = self._agree(X, y, seed, ranks)
+        seed, progress.any_callback = self._agree(X, y, seed, ranks)
         # The longest message: outputs in fixed point, counts, and a tally of four numbers.
         ranks.lengthen(2 * len(X) + len(X) ** 2 + 4)
         try:
+            self._roll_back()
+            draft = self._draft()
             if goes_on:
-                self._go_on(X, y, shift, progress)
-                stopped = False
+                draft._go_on(X, y, shift, progress)
             else:
-                self._begin(X, y, shift, _feature_names(given), seed, progress)
-                stopped = self._tell(progress)
-            first, at_first = len(self.history_), self._system
-            stopped = stopped or self._train(progress)
+                draft._begin(X, y, shift, names, seed, progress)
+            self._adopt(draft)
+            first, at_first = len(self.history_), self._system_residual
+            stopped = (not goes_on and self._tell(progress)) or self._train(progress)
         except SystemError as error:  # what an exception in a compiled kernel may show as
             while isinstance(error, SystemError) and error.__cause__ is not None:
                 error = error.__cause__
@@ -4526,6 +4473,23 @@ class SublinearTrainer:
             later = (record["system_residual"] for record in self.history_[first:])
             self._warn([at_first, *later])
 
+    def _draft(self):
+        """A copy, on which a fit works until _adopt() takes it over, so that an exception, which
+        may come at any moment, leaves this trainer as it was."""
+        draft = object.__new__(type(self))
+        vars(draft).update(vars(self))
+        return draft
+
+    def _adopt(self, draft):
+        """Takes over the network of a draft, all at once. Options, whose names neither begin nor
+        end with an underscore, stay: a signal handler may have set them since."""
+
+        def part(trainer, of_network):
+            named = vars(trainer).items()
+            return {k: value for k, value in named if ("_" in (k[0], k[-1])) == of_network}
+
+        self.__dict__ = {**part(self, False), **part(draft, True)}
+
     def _agree(self, X, y, seed, ranks):
         """Makes sure that all ranks fit the same. Returns the seed, rank 0's if it is drawn, and
         whether any rank has a callback."""
@@ -4536,54 +4500,45 @@ class SublinearTrainer:
         for name in ("comm", "callback", "verbose"):
             del same[name]
         same["random_state"] = None if self.random_state is None else seed
-        same["the network of the last fit"] = None if seed is not None else self._told_apart()
+        last = ()
+        if seed is None:  # a network that goes on
+            start = self._start
+            last = self.n_iter_, self.residual_, self.shift_, start.seed, self._X, self._sums
+            last += () if start.law is None else (start.law.seen, start.law.points)
+        same["the network of the last fit"] = last
         ranks.agree(same)
         seeds, given = ranks.gather(np.array([seed or 0], np.uint64), [self.callback is not None])
         return int(seeds[0]), bool(given.any())
 
-    def _told_apart(self):
-        """What tells the network from those of other ranks that cannot go on with it."""
-        start, law = self._start, self._start.law
-        known = self.n_iter_, self.residual_, self.shift_, start.seed, self._X, self._dual
-        known += () if law is None else (law.seen, law.points)
-        if start.ranks.size > 1:
-            return known
-        network = self._trained_network()
-        return (*known, network.live, network.weights)
-
     def _begin(self, X, y, shift, names, seed, progress):
-        """A new network."""
-        begin, n_features = time.perf_counter(), X.shape[1]
-        scales = _Scales.of(X, y, self.normalize)
-        X, y = scales.unit_rows(X), scales.targets(y)
-        d, unreachable = X.shape[1], _unreachable(X, y, warn=self.ridge == 0)
-        shift, enough = self._choose_shift(X, y - unreachable, shift, progress)
+        """Becomes a new network."""
+        begin, self.n_features_in_ = time.perf_counter(), X.shape[1]
+        vars(self).pop("feature_names_in_", None)
+        if names is not None:
+            self.feature_names_in_ = names
+        self._scales = _Scales.of(X, y, self.normalize)
+        self._take(X, y)
+        n, d = self._X.shape
+        self.shift_, self._enough = self._choose_shift(shift, progress)
         law = None
-        often = self.draw == "auto" and _fires_often(len(X), d, self.width, shift)
+        often = self.draw == "auto" and _fires_often(n, d, self.width, self.shift_)
         if self.draw != "all" and self.init == "antisymmetric" and not often:
-            law = _Law((X,), shift)
+            law = _Law((self._X,), self.shift_)
             law = law if law.rate <= HIGHEST_RATE else None
         start = _Start(seed, int(self.width), d, self.init, progress.ranks, law)
         moved = _Moved(NOBODY, np.zeros((0, d), np.float32), np.zeros(0), 0.0)
-        fitted = self._problem(X, y, unreachable, shift, start, moved, True, progress)
-        fitted |= {"_dual": np.zeros(len(y)), "_mean_diagonal": fitted["_search"].mean_diagonal}
-        fitted |= {"_scales": scales, "shift_": shift, "_enough": enough}
-        fitted["n_features_in_"] = n_features
-        fitted |= {} if names is None else {"feature_names_in_": names}
-        damping = 0.0 if self.damping == "auto" else float(self.damping)
+        self._begin_search(start, moved, True, progress)
+        self._sums, self._mean_diagonal = np.zeros(n), self._search.mean_diagonal
+        self._measure()
+        self.history_, damping = [], 0.0 if self.damping == "auto" else float(self.damping)
         told = dict.fromkeys(("changed", "flips", "inner_iterations", "rejected"), 0)
-        fitted |= self._with_record(fitted, _Stopwatch(), damping=damping, **told)
-        fitted["init_seconds_"] = time.perf_counter() - begin
-        # Nothing of this object changes before, so that input that is refused leaves it as it was;
-        # and all at once, since an interrupt may come at any moment.
-        kept = {name: value for name, value in vars(self).items() if name != "feature_names_in_"}
-        self.__dict__ = {**kept, **fitted}
+        self._record(_Stopwatch(), damping=damping, **told)
+        self.init_seconds_ = time.perf_counter() - begin
 
     def _go_on(self, X, y, shift, progress):
-        """The weights as they are, perhaps other points, targets or methods."""
-        self._roll_back()
+        """Keeps the weights, perhaps with other points, targets or methods."""
         begin, scales, search = time.perf_counter(), self._scales, self._search
-        start, ranks = self._start, progress.ranks
+        start, ranks, X_before = self._start, progress.ranks, self._X
         for name, now, before in (
             ("width", self.width, start.width),
             ("init", self.init, start.init),
@@ -4600,47 +4555,48 @@ class SublinearTrainer:
                 "comm must stay the same for warm_start=True to go on with neurons that are spread "
                 "over its ranks; save the network, and load it before you set another"
             )
-        X, y = scales.unit_rows(X), scales.targets(y)
-        unreachable = _unreachable(X, y, warn=self.ridge == 0)
-        same_points = np.array_equal(X, self._X)
-        if (
-            type(search) is _search_class(self.search, X, self.width, self.shift_)
+        self._take(X, y)
+        same_points = np.array_equal(self._X, X_before)
+        if not (
+            type(search) is _search_class(self.search, self._X, self.width, self.shift_)
             and search.dtype == self.dtype
             and (search.clear is None or not SOLVERS[self.solver].sketches)
             and same_points
             and start.ranks.comm is ranks.comm
         ):
-            fitted = {"_y": y, "_unreachable": unreachable}
-        else:
             may_wake, start = True, start._replace(ranks=ranks)
             if start.law is not None:
-                law = start.law.with_points(X)
+                law = start.law.with_points(self._X)
                 may_wake = law is not start.law
                 start = start if start.law.seen else start._replace(law=law)
             moved = _Moved.of(self._trained_network(), start)
-            fitted = self._problem(X, y, unreachable, self.shift_, start, moved, may_wake, progress)
-            search = fitted["_search"]
+            self._begin_search(start, moved, may_wake, progress)
         if not same_points:
-            fitted |= {
-                "_dual": np.zeros(len(y)),
-                "_mean_diagonal": search.mean_diagonal,
-                "_enough": None,
-            }
-        fitted |= self._reached(vars(self) | fitted)
-        vars(self).update(fitted, init_seconds_=time.perf_counter() - begin)
+            self._sums, self._mean_diagonal = np.zeros(len(y)), self._search.mean_diagonal
+            self._enough = None
+        self._measure()
+        self.init_seconds_ = time.perf_counter() - begin
 
-    def _choose_shift(self, X, y, highest, progress):
+    def _take(self, X, y):
+        """The points and targets of a fit."""
+        self._X, self._y = self._scales.unit_rows(X), self._scales.targets(y)
+        self._unreachable = _unreachable(self._X, self._y)
+        if self._unreachable.any() and not self.ridge:
+            _warn_of_coinciding_rows(self._X, self._y, self._unreachable)
+
+    def _choose_shift(self, highest, progress):
         """The threshold that shift="auto" takes, or `highest`, which is what shift is otherwise;
         and where none is low enough, the power of 2 of a width at which one is."""
         if self.shift != "auto":
             return highest, None
-        regularisation = self.ridge
-        if self.damping == "auto":
-            regularisation += DAMPING
-        else:
-            regularisation += self.damping / max(scipy.special.ndtr(-highest), 1e-300)
+        damping = DAMPING
+        if self.damping != "auto":
+            damping = self.damping / max(scipy.special.ndtr(-highest), 1e-300)
+        y = self._y - self._unreachable
         with _one_blas_thread():
-            shift, at_highest, ratio = _shift_for(X, y, self.width, highest, regularisation)
+            shift, at_highest, ratio = _shift_for(
+                self._X, y, self.width, highest, self.ridge + damping
+            )
         text = f"shift {shift:.3g}: the second step is predicted to be {ratio:.2g} times as long "
         text += "as the first"
         if shift < highest:
@@ -4650,21 +4606,20 @@ class SublinearTrainer:
             return shift, None
         return shift, math.ceil(math.log2(self.width) + 4 / 3 * math.log2(ratio / RATIO))
 
-    def _problem(self, X, y, unreachable, shift, start, moved, may_wake, progress):
-        """What a fit is about: points, targets, and a search at a network of which some neurons
-        have moved from the start; `may_wake` is whether others may be live, which must be drawn
-        then."""
-        kind, dtype = _search_class(self.search, X, start.width, shift), np.dtype(self.dtype)
+    def _begin_search(self, start, moved, may_wake, progress):
+        """A search at the network of which some neurons have moved from the start; `may_wake` is
+        whether others may be live, which must be drawn then."""
+        X, dtype = self._X, np.dtype(self.dtype)
+        kind = _search_class(self.search, X, start.width, self.shift_)
         kind.check_memory(X, start.own_width, dtype)
         if self.search != "lazy" and start.law is not None:  # dead neurons, too, are held, and seen
             if may_wake and start.draws_live:
                 moved = _with_live_twins(moved, start, progress.drawn)
             start = start.shown()
-        lean = not SOLVERS[self.solver].sketches
-        targets = y - unreachable
-        search = kind(X, targets, start, shift, moved, may_wake, lean, dtype, progress.drawn)
-        fitted = {"_X": X, "_y": y, "_unreachable": unreachable, "n_live_": search.n_live}
-        return {**fitted, "_search": search, "_network": None, "_unfinished": None}
+        lean, targets = not SOLVERS[self.solver].sketches, self._y - self._unreachable
+        how = may_wake, lean, dtype, progress.drawn
+        self._search = kind(X, targets, start, self.shift_, moved, *how)
+        self._network, self.n_live_ = None, self._search.n_live
 
     def _train(self, progress):
         """Steps until the residual is at most tol, or at the floor of rounding, or max_iter of
@@ -4672,38 +4627,38 @@ class SublinearTrainer:
         with _one_blas_thread():
             solver, damping = self._new_solver(), _Damping(self.damping)
         last, rounding = self.n_iter_ + self.max_iter, self._rounding()
-        while not self.converged_ and self.n_iter_ < last and np.isfinite(self._system):
-            before = self._system
+        while not self.converged_ and self.n_iter_ < last and np.isfinite(self._system_residual):
+            before = self._system_residual
             stepped = self._step(solver, damping, progress, self.n_iter_ + 1 == last)
             if stepped and self._tell(progress):
                 return True
             # Nothing is gained where no step lowers the residual, or none can be made; pure steps
             # may raise it for a while, unless rounding is all that is left of it.
-            gained = stepped and self._system <= (1.0 - 1e-10) * before
-            final = not stepped or damping.adaptive or self._system <= rounding
+            gained = stepped and self._system_residual <= (1.0 - 1e-10) * before
+            final = not stepped or damping.adaptive or self._system_residual <= rounding
             if not gained and final:
                 break
-        self.converged_ = bool(self._system <= max(self.tol, rounding))
+        self.converged_ = bool(self._system_residual <= max(self.tol, rounding))
         return False
 
-    def _system_residual(self, fitted):
-        """f - y - nu s (n,), without the part of y that cannot be fitted; and its relative size,
-        with that part unless there is a ridge. `fitted` holds the attributes of a network."""
-        outputs, y = fitted["_search"].outputs, fitted["_y"]
-        error, nu = outputs - (y - fitted["_unreachable"]), self.ridge * fitted["_mean_diagonal"]
-        if nu == 0:
-            return error, _relative(outputs - y, y)
-        error -= nu * fitted["_dual"]
-        # A point without active neurons is met by a s_i that moves no weight, and is left out.
-        error[fitted["_search"].jacobian().active_counts() == 0] = 0.0
-        return error, _relative(error, y)
+    @property
+    def _nu(self):
+        """nu, as ridge has it."""
+        return self.ridge * self._mean_diagonal
 
-    def _reached(self, fitted):
-        """residual_, converged_ and what else follows from the outputs and s."""
-        residual = _relative(fitted["_search"].outputs - fitted["_y"], fitted["_y"])
-        _, system_residual = self._system_residual(fitted)
-        reached = {"residual_": residual, "_system": system_residual, "_dual": fitted["_dual"]}
-        return reached | {"converged_": system_residual <= self.tol}
+    def _measure(self):
+        """What follows from the outputs and s: residual_ and converged_; the right side of the
+        system, f - y - nu s (n,) without the part of y that cannot be fitted; and its relative
+        size, with that part unless there is a ridge."""
+        outputs, y, nu = self._search.outputs, self._y, self._nu
+        self.residual_ = self._system_residual = _relative(outputs - y, y)
+        self._right_side = outputs - (y - self._unreachable)
+        if nu > 0:
+            self._right_side -= nu * self._sums
+            # A point without active neurons is met by a s_i that moves no weight, and is left out.
+            self._right_side[self._search.jacobian().active_counts() == 0] = 0.0
+            self._system_residual = _relative(self._right_side, y)
+        self.converged_ = self._system_residual <= self.tol
 
     def _rounding(self):
         """A relative residual of this size is rounding, whatever tol."""
@@ -4715,25 +4670,25 @@ class SublinearTrainer:
             seed = self._search.start.seed
             return kind(*problem, SKETCHES[self.sketch], self.sketch_size, seed)
         if kind is _Gradient:
-            return kind(*problem, self.damping == "auto", self.ridge * self._mean_diagonal)
+            return kind(*problem, self.damping == "auto", self._nu)
         return kind(*problem)
 
     def _step(self, solver, damping, progress, is_last):
         """One step and its record; False if it is not finite, or if no damping makes the residual
         fall."""
-        search, stopwatch, before = self._search, _Stopwatch(), self._system
-        J, nu = search.jacobian(), self.ridge * self._mean_diagonal
+        search, stopwatch, before = self._search, _Stopwatch(), self._system_residual
         # g leaves out the part of f - y that no step can reduce: it would blow g up as mu falls,
         # without moving a weight.
-        residual, _ = self._system_residual(vars(self))
+        J, nu, right_side = search.jacobian(), self._nu, self._right_side
         for rejected in range(TRIALS):
             mu = damping.value(search.mean_diagonal, before)
             try:
                 # With more points, threads of BLAS gain more than they lose.
-                with _one_blas_thread() if len(residual) <= solver.one_thread else nullcontext():
+                few = len(right_side) <= solver.one_thread
+                with _one_blas_thread() if few else nullcontext():
                     solver.prepare(J, nu + mu)
                     stopwatch.lap("seconds_jacobian")
-                    step, inner_iterations = solver.solve(residual)
+                    step, inner_iterations = solver.solve(right_side)
                     stopwatch.lap("seconds_solve")
             except np.linalg.LinAlgError:
                 if not damping.adaptive:
@@ -4742,47 +4697,44 @@ class SublinearTrainer:
                 continue
             if not np.isfinite(step).all():
                 return False
-            promised = solver.promise(J, residual, step, nu, mu)
+            promised = solver.promise(J, right_side, step, nu, mu)
             promised = promised if nu else promised - self._unreachable
             # Points without active neurons move no weight, but their g_i can be as large as 1 / mu,
             # which would drown the others in sums.
             step = np.where(J.active_counts() > 0, step, 0.0)
-            trial = {**vars(self), "_dual": self._dual + step}
+            trial = self._draft()
+            trial._sums = self._sums + step
             changed, self._unfinished = search.changing, (search.mark(), progress)
             flips = search.advance(step, stopwatch.lap)
-            _, after = self._system_residual(trial)
-            doubtful = search.rounding > DOUBT * after * _norm(self._y)
-            if (after <= self.tol or is_last) and doubtful:
+            trial._measure()
+            doubtful = search.rounding > DOUBT * trial._system_residual * _norm(self._y)
+            if (trial.converged_ or is_last) and doubtful:
                 search.settle()
                 stopwatch.lap("seconds_query")
-                _, after = self._system_residual(trial)
+                trial._measure()
+            after = trial._system_residual
             if after < before or not damping.adaptive:
                 damping.accept(before, after, np.linalg.norm(promised) / _norm(self._y))
                 told = {"changed": changed, "flips": flips, "rejected": rejected}
                 told |= {"inner_iterations": inner_iterations, "damping": float(mu)}
-                reached = self._with_record(trial, stopwatch, **told)
-                vars(self).update(reached)  # one call, which no interrupt divides: now it is done
+                trial._record(stopwatch, **told)
+                self._adopt(trial)  # now the step is done, and there is no mark any more
                 return True
             self._roll_back()
             stopwatch.lap("seconds_query")
             damping.reject()
         return False
 
-    def _with_record(self, fitted, stopwatch, **told):
-        """What _reached tells, n_iter_ and history_ after a step or at the start: with one record
-        more, which holds what is `told`."""
-        history = fitted.get("history_", [])
-        search, y, n = fitted["_search"], fitted["_y"], len(fitted["_y"])
-        reached = self._reached(fitted)
-        residual, unit = reached["residual_"], _norm(y) * fitted["_scales"].y_unit / np.sqrt(2 * n)
-        with np.errstate(over="ignore"):
-            loss = float(np.square(residual * unit))
+    def _record(self, stopwatch, **told):
+        """Adds a record to history_, after a step or at the start."""
+        search, n = self._search, len(self._y)
         operations, looked_at = search.take_counts()
+        unit = _norm(self._y) * self._scales.y_unit / np.sqrt(2 * n)
         record = {
-            "iteration": len(history),
-            "residual": residual,
-            "system_residual": reached["_system"],
-            "loss": loss,
+            "iteration": len(self.history_),
+            "residual": self.residual_,
+            "system_residual": self._system_residual,
+            "loss": float(np.square(self.residual_ * unit)),
             "active": search.nnz / n,
             "looked_at": looked_at,
             **told,
@@ -4790,8 +4742,7 @@ class SublinearTrainer:
             "seconds": sum(stopwatch.phases.values()),
             **stopwatch.phases,
         }
-        reached |= {"n_iter_": len(history), "history_": [*history, record]}
-        return {**reached, "_unfinished": None}
+        self.n_iter_, self.history_ = len(self.history_), [*self.history_, record]
 
     def _roll_back(self):
         """Takes back a step that has begun and is not in history_."""
@@ -4804,62 +4755,64 @@ class SublinearTrainer:
         progress.step(self.history_[-1])
         with np.errstate(**progress.error_state):
             answer = self.callback(self.history_[-1]) if self.callback else None
-        stops = isinstance(answer, (bool, np.bool_)) and bool(answer)
-        if not progress.has_callback:
+        if not progress.any_callback:
             return False
+        stops = isinstance(answer, (bool, np.bool_)) and bool(answer)
         (stopping,) = progress.ranks.sum(np.array([stops]))
         return bool(stopping[0])
 
     def _warn(self, residuals):
-        """Says why training has ended above tol, and what to change; `residuals` are those at the
+        of = "of the system with a ridge " if self.ridge else ""
+        warnings.warn(
+            f"relative residual {of}{self._system_residual:.2e} after {self.n_iter_} steps is "
+            f"above tol={self.tol:g}: {self._remedy(residuals)}",
+            _convergence_warning(_of_sklearn("ConvergenceWarning", ConvergenceWarning)),
+            stacklevel=4,
+        )
+
+    def _remedy(self, residuals):
+        """Why training has ended above tol, and what to change; `residuals` are those at the
         beginning of the fit and after each of its steps."""
         counts, (n, m) = self._search.jacobian().active_counts(), (len(self._X), self.width)
-        silent, last, reached = np.flatnonzero(counts == 0), residuals[-6:], self._system
-        floor = 0.0 if self.ridge else np.linalg.norm(self._unreachable) / _norm(self._y)
+        silent, last, reached = np.flatnonzero(counts == 0), residuals[-6:], self._system_residual
         noisy = "" if self.ridge else "; for noisy targets set ridge (try 0.1)"
-        of = "of the system with a ridge " if self.ridge else ""
         wider = "lower shift or raise width"
         if self._enough is not None:
             wider = f"raise width from {m} to 2^{self._enough}, where steps are predicted to shrink"
-        rounding = self._rounding() * np.sqrt(n) / _norm(self._y)
-        slowed = self.damping not in ("auto", 0) and self.solver != "gradient"
         if not np.isfinite(reached) or last[-1] > 1.5 * min(last):
-            kind = "the pure step" if self.damping == 0 else f"training with damping={self.damping}"
-            remedy = f'{kind} diverges; set damping="auto", or use a larger width or a smaller '
-            remedy += f"shift{noisy}"
-        elif reached <= 1.01 * floor:
-            remedy = f"it cannot fall below {floor:.2e} since points coincide; raise tol above "
-            remedy += "that, or merge them"
-        elif silent.size and not self.ridge:
-            remedy = (
+            return (
+                f'training with damping={self.damping} diverges; set damping="auto", or use a '
+                f"larger width or a smaller shift{noisy}"
+            )
+        least = np.linalg.norm(self._unreachable) / _norm(self._y)
+        if reached <= 1.01 * least and not self.ridge:
+            return (
+                f"it cannot fall below {least:.2e} since points coincide; raise tol above that, or "
+                "merge them"
+            )
+        if silent.size and not self.ridge:
+            return (
                 f"{silent.size} of {n} points have no active neuron (the first is {silent[0]}), so "
                 "their outputs cannot move; lower shift, or raise width"
             )
-        elif counts.mean() > 0.95 * m:
-            remedy = "nearly all neurons are active on all points, which makes the network linear; "
-            remedy += "raise shift"
-        elif reached <= 10.0 * rounding:
-            remedy = "rounding hides what is left of targets so small; scale y"
-            remedy += ', or use dtype="float64"' if self._rounding() > 1e-12 else ""
-        elif slowed and len(last) > 1 and last[-1] > 0.8 * last[-2]:
-            remedy = f"steps are short with damping={self.damping:g}; lower it, or use "
-            remedy += '"auto"'
-        elif len(residuals) > self.max_iter and last[-1] < 0.99 * last[0]:
-            remedy = f"it was still falling; raise max_iter, or, for faster steps, {wider}{noisy}"
-        elif self.n_features_in_ <= 2:
-            remedy = (
+        if counts.mean() > 0.95 * m:
+            linear = "nearly all neurons are active on all points, which makes the network linear"
+            return f"{linear}; raise shift"
+        if reached <= 10.0 * self._rounding() * np.sqrt(n) / _norm(self._y):
+            finer = ', or use dtype="float64"' if self._rounding() > 1e-12 else ""
+            return f"rounding hides what is left of targets so small; scale y{finer}"
+        slowed = self.damping not in ("auto", 0) and self.solver != "gradient"
+        if slowed and len(last) > 1 and last[-1] > 0.8 * last[-2]:
+            return f'steps are short with damping={self.damping:g}; lower it, or use "auto"'
+        if len(residuals) > self.max_iter and last[-1] < 0.99 * last[0]:
+            return f"it was still falling; raise max_iter, or, for faster steps, {wider}{noisy}"
+        if self.n_features_in_ <= 2:
+            return (
                 "it has all but stopped falling: as functions of so few columns, networks are "
                 "smooth. For targets that vary quickly add columns to X, such as splines or sines "
                 f"of these (scikit-learn's SplineTransformer); for others raise width{noisy}"
             )
-        else:
-            remedy = f"it has stopped falling; {wider}, for more active neurons{noisy}"
-        warnings.warn(
-            f"relative residual {of}{reached:.2e} after {self.n_iter_} steps is above "
-            f"tol={self.tol:g}: {remedy}",
-            _convergence_warning(_of_sklearn("ConvergenceWarning", ConvergenceWarning)),
-            stacklevel=4,
-        )
+        return f"it has stopped falling; {wider}, for more active neurons{noisy}"
 
     @_quiet
     def predict(self, X):
@@ -4895,10 +4848,9 @@ class SublinearTrainer:
             message = "R^2 is not defined for a single point; pass at least two"
             warnings.warn(message, warning, stacklevel=3)
             return float("nan")
-        unit = np.abs(y).max() or 1.0  # in which squares stay in range
-        mean = np.average(y / unit, weights=sample_weight)
-        spread = np.average((y / unit - mean) ** 2, weights=sample_weight)
-        error = np.average((y / unit - predicted / unit) ** 2, weights=sample_weight)
+        mean, unit = partial(np.average, weights=sample_weight), np.abs(y).max() or 1.0
+        y, predicted = y / unit, predicted / unit  # so that squares stay in range
+        error, spread = mean((y - predicted) ** 2), mean((y - mean(y)) ** 2)
         if spread == 0 or (y == y[0]).all():
             return float(error == 0)
         return float(1.0 - error / spread)
@@ -4914,18 +4866,14 @@ class SublinearTrainer:
         with self._at_whole_step():
             network = self._trained_network()
             weights = network.of_all_ranks().all_weights()
-        self._remember_seen(network)
-        return weights
-
-    def _remember_seen(self, network):
-        """Remembers that dead neurons have been seen."""
-        if network.start.law is not None and not network.start.law.seen:
+        if network.start.draws_live:
             network = network._replace(start=network.start.shown())
             if self._search is None:
                 self._network = network
             else:
                 self._search.start = network.start
                 self._search._network_of = self._search.outputs, network
+        return weights
 
     @property
     def signs_(self):
@@ -4937,13 +4885,12 @@ class SublinearTrainer:
     def active_sets(self):
         """Neurons active on each training point now, those of all ranks: (indptr, indices), those
         of point i being indices[indptr[i]:indptr[i + 1]], ascending. Collective."""
-        return _by_point(self._active_sets(), len(self._X))
-
-    def _active_sets(self):
         with self._at_whole_step():
             if self._search is None:
-                return self._network.active_sets(self._X)
-            return self._search.active_sets()
+                active = self._network.active_sets(self._X)
+            else:
+                active = self._search.active_sets()
+        return _by_point(active, len(self._X))
 
     def _at_whole_step(self):
         """What is done in this context is done by all ranks, on the network as the last whole step
@@ -4987,28 +4934,25 @@ class SublinearTrainer:
         """
         with self._at_whole_step():
             W, signs = self._trained_network().of_all_ranks().all_weights(), self.signs_
-        X, shift = self._X, self.shift_
-        active = self._active_sets()
-        tolerance = 1e-4 if self._rounding() > 1e-12 else 1e-9
+        (indptr, neurons), X, shift = self.active_sets(), self._X, self.shift_
+        active = scipy.sparse.csr_array(
+            (np.ones(neurons.size, bool), neurons, indptr), (len(X), len(W))
+        )
+        active, tolerance = active.tocsc(), 1e-4 if self._rounding() > 1e-12 else 1e-9
         outputs, sizes = np.zeros(len(X)), np.zeros(len(X))  # of sums, and of what they add up
         for first in range(0, len(W), BLOCK):
-            block = W[first : first + BLOCK]
-            excess = block @ X.T - shift
-            scales = 1.0 + abs(shift) + np.linalg.norm(block, axis=1, keepdims=True)
-            found = np.zeros(excess.shape, bool)
-            low, high = np.searchsorted(active.neurons, (first, first + BLOCK))
-            offsets = active.offsets[low : high + 1]
-            rows = np.repeat(active.neurons[low:high] - first, np.diff(offsets))
-            found[rows, active.points[offsets[0] : offsets[-1]]] = True
+            block = slice(first, first + BLOCK)
+            excess = X @ W[block].T - shift
+            scales = 1.0 + abs(shift) + np.linalg.norm(W[block], axis=1)
+            right = active[:, block].toarray() == (excess >= 0)
             doubtful = np.abs(excess) <= tolerance * scales
-            wrong = (found != (excess >= 0)) & ~doubtful
-            assert not wrong.any(), "active sets are not those of the weights"
-            outputs += signs[first : first + BLOCK] @ np.maximum(excess, 0.0)
-            sizes += ((excess >= 0) * scales).sum(axis=0)
+            assert (right | doubtful).all(), "active sets are not those of the weights"
+            outputs += np.maximum(excess, 0.0) @ signs[block]
+            sizes += (excess >= 0) @ scales
         residual = _relative(outputs / np.sqrt(len(W)) - self._y, self._y)
         size = np.linalg.norm(sizes / np.sqrt(len(W))) / _norm(self._y)
-        error = abs(residual - self.residual_)
         tolerance *= 10 * (1.0 + residual) + 1e-3 * size
+        error = abs(residual - self.residual_)
         assert error <= tolerance, "the residual is not that of the weights"
 
     @_quiet
@@ -5016,15 +4960,16 @@ class SublinearTrainer:
         """Writes the trained network to the file `path`, an npz without pickled objects.
         Collective: rank 0 writes one file, the same, but for seconds, as one process writes.
 
-        It holds the weights of the live neurons that the search holds; those it has forgotten are
-        drawn again, from the seed. With init="gaussian" or search="dense" it holds the weights of
-        all (m, d). Further the training points, options and history. A kill at any moment leaves
-        the old file or the new one, whole. The callback and comm are not saved; of random_state,
-        the seed is.
+        It holds the weights of the neurons that the search holds, live ones or, with
+        search="dense", all; others are drawn again, from the seed. Further the training points,
+        options and history. A kill at any moment leaves the old file or the new one, whole. The
+        callback and comm are not saved; of random_state, the seed is.
         """
         with self._at_whole_step() as ranks:
             self._check_options()  # which may have been set since, and load will check them
-            _save(self, path, ranks)
+            network = self._trained_network().of_all_ranks(kept=ranks.rank == 0)
+            if ranks.rank == 0:
+                _write_whole(path, _saved(self, network))
             ranks.sum()  # others wait here while rank 0 writes
 
     @classmethod
@@ -5036,7 +4981,18 @@ class SublinearTrainer:
         Local: each rank that calls it gets the whole network, with comm=None. Once all of them have
         set comm, fit with warm_start=True spreads it over any number of ranks.
         """
-        return _load(cls, path)
+        with open(_check_regular_file(os.fspath(path)), "rb") as file:
+            try:
+                loaded = np.load(file, allow_pickle=False)
+                return _restored(cls, {name: loaded[name] for name in loaded.files})
+            except MemoryError:
+                raise
+            except Exception as error:  # what a damaged archive raises is of many kinds
+                raise ValueError(
+                    "path must be a file written by SublinearTrainer.save, but "
+                    f"{os.fspath(path)!r} is damaged or foreign ({type(error).__name__}: {error}); "
+                    "save the trainer again"
+                ) from None
 
     @_quiet
     def __getstate__(self):
@@ -5047,8 +5003,7 @@ class SublinearTrainer:
             return vars(self)
         with self._at_whole_step():
             network = self._trained_network().of_all_ranks()
-        held = {"_network": network, "_search": None, "_unfinished": None, "comm": None}
-        return {**vars(self), **held}
+        return {**vars(self), "_network": network, "_search": None, "comm": None}
 
     def get_params(self, deep=True):
         """Constructor arguments by name."""
@@ -5059,8 +5014,7 @@ class SublinearTrainer:
         known = self.get_params()
         for name in params:
             _check_choice("parameter", name, known)
-        for name, value in params.items():
-            setattr(self, name, value)
+        vars(self).update(params)
         return self
 
     def __repr__(self):
@@ -5070,22 +5024,6 @@ class SublinearTrainer:
         return f"SublinearTrainer({', '.join(changed)})"
 
     _estimator_type = "regressor"  # what scikit-learn asks before version 1.6
-
-    def set_score_request(self, *, sample_weight):
-        """Says whether scikit-learn is to pass sample_weight on to `score`: True, False, None for
-        an error if it is given, or the name it goes by. Returns self."""
-        from sklearn.utils.metadata_routing import MetadataRequest
-
-        request = MetadataRequest(owner=type(self).__name__)
-        request.score.add_request(param="sample_weight", alias=sample_weight)
-        self._metadata_request = request
-        return self
-
-    def get_metadata_routing(self):
-        """What scikit-learn asks where metadata are routed."""
-        if not hasattr(self, "_metadata_request"):
-            self.set_score_request(sample_weight=None)
-        return copy.deepcopy(self._metadata_request)
 
     def __sklearn_tags__(self):
         """What scikit-learn asks of its estimators; called by it only."""
@@ -5140,15 +5078,6 @@ class SublinearTrainer:
         paper = default_shift(self.width, self.alpha)
         shift = _check_real("shift", self.shift, words=["auto", "paper"])
         return paper if shift in ("auto", "paper") else shift
-
-    def _check_sketch_size(self, n):
-        size = self.sketch_size
-        if size is None or not SOLVERS[self.solver].sketches:
-            return
-        if size < n:
-            raise ValueError(f"sketch_size must be at least the number {n} of points, got {size}")
-        what = f"a sketch with sketch_size={size}"
-        _check_memory(what, 16 * size * n, "use a smaller one")
 
 
 def _norm(y):

@@ -36,7 +36,6 @@ import polars
 import pytest
 import scipy.sparse
 import scipy.special
-import sklearn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, kstest, multivariate_normal, norm
@@ -50,7 +49,7 @@ from sklearn.exceptions import (
     UndefinedMetricWarning,
 )
 from sklearn.metrics import r2_score
-from sklearn.model_selection import GridSearchCV, KFold, cross_val_score, cross_validate
+from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.multioutput import MultiOutputRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer, StandardScaler
@@ -2306,6 +2305,18 @@ def test_an_interrupt_takes_the_running_step_back_and_goes_on_to_the_caller(sear
     assert fitted.fit(X, y).converged_
 
 
+@core
+def test_options_set_in_the_middle_of_a_step_stay(monkeypatch):
+    fitted, advance = trainer(200, search="scan", callback=lambda _: None), sublin._Scan.advance
+
+    def set_meanwhile(search, *arguments):
+        fitted.callback = lambda record: record["iteration"] == 1
+        return advance(search, *arguments)
+
+    monkeypatch.setattr(sublin._Scan, "advance", set_meanwhile)
+    assert fitted.fit(*problem(8, 4)).n_iter_ == 1
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no such signals")
 @searches
 def test_fits_broken_off_at_any_moment_leave_a_whole_network(search):
@@ -2869,7 +2880,7 @@ def test_steps_with_a_ridge_are_those_of_plain_numpy(search, init, ridge):
         error = net.outputs - y - ridge * fitted._mean_diagonal * dual
         relative = np.linalg.norm(error) / np.linalg.norm(y)
         assert record["system_residual"] == pytest.approx(relative, rel=1e-7, abs=1e-12)
-    np.testing.assert_allclose(fitted._dual, expected[-1][1], rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(fitted._sums, expected[-1][1], rtol=1e-8, atol=1e-10)
 
 
 @searches
@@ -2934,7 +2945,7 @@ def test_other_targets_keep_the_sum_of_dual_steps_and_other_points_do_not():
     fresh = trainer(300, **options).fit(X, 2.0 * y)
     np.testing.assert_allclose(fitted.predict(X), fresh.predict(X), rtol=1e-6, atol=1e-14)
     fitted.set_params(max_iter=0).fit(X[::-1][:6], y[:6])
-    assert not fitted._dual.any() and fitted._dual.size == 6
+    assert not fitted._sums.any() and fitted._sums.size == 6
     check(fitted)
 
 
@@ -2949,7 +2960,7 @@ def test_a_ridge_takes_points_that_coincide_or_have_no_neuron_in_its_stride():
     silent = trainer(30, shift=2.0, damping="auto", ridge=0.1, max_iter=100).fit(X, y)
     check(silent)
     counts = silent._search.jacobian().active_counts()
-    assert (counts == 0).any() and silent.converged_ and not silent._dual[counts == 0].any()
+    assert (counts == 0).any() and silent.converged_ and not silent._sums[counts == 0].any()
 
 
 @core
@@ -2960,13 +2971,13 @@ def test_a_step_taken_back_leaves_the_sum_of_dual_steps():
     assert values_of(fitted, "rejected").any()
     assert np.all(np.diff(values_of(fitted, "system_residual")) < 0)
     again = trainer(300, max_iter=1, **options).fit(X, 30 * y)
-    dual = again._dual.copy()
+    dual = again._sums.copy()
     with pytest.MonkeyPatch.context() as patch:
         look = Broken(sublin._Lazy._find_flips, 1, TimeoutError())
         patch.setattr(sublin._Lazy, "_find_flips", look)
         with pytest.raises(TimeoutError):
             again.fit(X, 30 * y)
-    np.testing.assert_array_equal(again._dual, dual)
+    np.testing.assert_array_equal(again._sums, dual)
 
 
 @core
@@ -3262,10 +3273,8 @@ def saved(tmp_path_factory):
 
 
 @core
-@pytest.mark.parametrize(
-    "version, why", [(1, "it is from before"), (2, "it is from before"), (9, "its format is")]
-)
-def test_files_of_other_formats_are_refused_with_the_reason(saved, version, why, tmp_path):
+@pytest.mark.parametrize("version", [1, 4, 9])
+def test_files_of_other_formats_are_refused_with_the_reason(saved, version, tmp_path):
     path = tmp_path / "net"
     path.write_bytes(saved)
     arrays = dict(np.load(path))
@@ -3274,7 +3283,7 @@ def test_files_of_other_formats_are_refused_with_the_reason(saved, version, why,
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     with open(path, "wb") as file:
         np.savez(file, **arrays)
-    refuses(path, why)
+    refuses(path, f"its format is 'sublin network, version {version}'")
 
 
 def refuses(path, why=""):
@@ -3423,8 +3432,7 @@ def test_pickles_hold_what_files_hold_and_predict_to_the_bit(search, init, tmp_p
     )
     fitted.save(tmp_path / "net")
     pickled = pickle.dumps(fitted)
-    most = 1.2 * (tmp_path / "net").stat().st_size + 10_000
-    assert len(pickled) < most or init == "gaussian"  # of which a file holds all weights
+    assert len(pickled) < 1.2 * (tmp_path / "net").stat().st_size + 10_000
     expected = fitted.predict(X), fitted.weights(), fitted.signs_, *fitted.active_sets()
     for twin in (pickle.loads(pickled), copy.deepcopy(fitted), copy.copy(fitted)):
         found = twin.predict(X), twin.weights(), twin.signs_, *twin.active_sets()
@@ -4163,26 +4171,10 @@ def test_public_functions_take_arrays_that_cannot_be_written(tmp_path):
 
 
 @core
-def test_weights_of_points_reach_score_where_metadata_are_routed():
+def test_trainers_are_stacked_and_vote():
     X, y = (array[:90] for array in load_diabetes(return_X_y=True))
     options = {"shift": 0.0, "damping": 1e-2, "tol": 1e-2, "max_iter": 3, "random_state": 0}
-    model, weights = SublinearTrainer(128, **options), np.arange(90.0) + 1.0
-    plain = cross_val_score(model, X, y, cv=3)
-    expected = [
-        clone(model).fit(X[train], y[train]).score(X[test], y[test], weights[test])
-        for train, test in KFold(3).split(X)
-    ]
-    with sklearn.config_context(enable_metadata_routing=True):
-        pipe = make_pipeline(StandardScaler(), clone(model))
-        assert np.isfinite(pipe.fit(X, y).score(X, y))
-        found = GridSearchCV(pipe, {"sublineartrainer__width": [64, 128]}, cv=2).fit(X, y)
-        assert np.isfinite(found.cv_results_["mean_test_score"]).all()
-        np.testing.assert_array_equal(cross_val_score(model, X, y, cv=3), plain)
-        with pytest.raises(ValueError, match="sample_weight"):  # neither asked for nor declined
-            cross_validate(model, X, y, cv=3, params={"sample_weight": weights})
-        asks = clone(model.set_score_request(sample_weight=True))
-        scores = cross_validate(asks, X, y, cv=3, params={"sample_weight": weights})
-        np.testing.assert_allclose(scores["test_score"], expected)
+    model = SublinearTrainer(128, **options)
     stacked = StackingRegressor([("one", model), ("two", model)], cv=2).fit(X, y)
     voted = VotingRegressor([("one", model), ("two", model)]).fit(X, y)
     np.testing.assert_allclose(voted.predict(X), model.fit(X, y).predict(X))
