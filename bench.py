@@ -19,9 +19,9 @@ The file is a list of experiments (EXPERIMENTS, near the end). One has up to fiv
 
 To add one, write its measure_NAME, what is wanted of the others, and a row of EXPERIMENTS.
 Notation is that of sublin.py: n points in d dimensions, m neurons (`width`), threshold b (`shift`).
-Where methods are timed against each other they take turns, so that a change in the machine's speed
-meets all of them alike. Seconds of a step are the mean over the steps of a run, and the median of
-that over runs.
+Methods of `scaling` are compared before they are timed. Where methods are timed against each other
+they take turns, so that a change in the machine's speed meets all of them alike. Seconds of a step
+are the mean over the steps of a run, and the median of that over runs.
 """
 
 import argparse
@@ -71,9 +71,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TOLERANCE = 1e-9  # relative residual to which networks are trained if nothing else is said
 STEPS = 4  # of timed runs other than lazy's: they all cost the same, and end where float32 does
 
-# What the trainer's history says of a step: seconds to find active neurons and outputs, to make the
-# Gram matrix or a sketch, to solve, and to move weights or products; and other costs.
-PHASES = ("seconds_query", "seconds_jacobian", "seconds_solve", "seconds_update")
+# What the trainer's history says of a step: the seconds of its phases, with their label and colour
+# in a figure; and other costs.
+PHASES = {
+    "seconds_query": ("find active neurons, outputs", BLUE),
+    "seconds_jacobian": ("Gram matrix or sketch", ORANGE),
+    "seconds_solve": ("solve", BLACK),
+    "seconds_update": ("move weights or products", PURPLE),
+}
 RECORDED = ("residual", "active", "changed", "looked_at", "flips", "operations", "seconds", *PHASES)
 
 
@@ -189,6 +194,11 @@ def times(ratio):
     """A ratio with its unit."""
     digits = ".0f" if ratio >= 9.95 else ".1f" if ratio >= 0.995 else ".2g"
     return f"{ratio:{digits}} times"
+
+
+def milliseconds(seconds):
+    """Without the unit."""
+    return f"{1e3 * seconds:.{0 if seconds >= 1e-2 else 1}f}"
 
 
 def percent(share):
@@ -342,13 +352,39 @@ def below(axis, columns=2):
     axis.legend(ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
+def below_all(figure, columns=2):
+    """Legend of the first axes, which is that of all, under them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=columns, loc="outside lower center")
+
+
 def curves(axis, samples, x, y, by, label, **options):
     """A line for each value of a key: medians, and ranges over seeds as a band."""
     for value, color, marker in zip(distinct(samples, by), COLOURS, MARKERS, strict=False):
         at, middle, low, high = medians(where(samples, **{by: value}), x, y)
         look = {"color": color, "marker": marker, "linewidth": 2, "markersize": 6, **options}
         axis.plot(at, middle, label=label(value), **look)
-        axis.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+        axis.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def boxes(axis, samples, look, title):
+    """A map over n and m: a box wherever runs were made, and all converged, with the text and the
+    options that look(these runs) returns."""
+    counts, widths = (sorted(distinct(samples, key)) for key in ("n", "width"))
+    for row, column in np.ndindex(len(counts), len(widths)):
+        runs = where(samples, n=counts[row], width=widths[column])
+        if not runs:
+            continue
+        text, options = "not all\nconverge", {"color": "none"}
+        if len(where(runs, end="converged")) == len(runs):
+            text, options = look(runs)
+        axis.add_patch(plt.Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, **options))
+        axis.text(column, row, text, ha="center", va="center", fontsize=11.5)
+    axis.set_xticks(range(len(widths)), [power_label(width) for width in widths])
+    axis.set_yticks(range(len(counts)), counts)
+    axis.set(xlim=(-0.5, len(widths) - 0.5), ylim=(-0.5, len(counts) - 0.5))
+    axis.set(xlabel="width m (neurons)", ylabel="points n", title=title)
+    axis.grid(False)
 
 
 # ---- Claims of the paper -------------------------------------------------------------------------
@@ -420,6 +456,24 @@ def scaling_cells(quick):
     return cells
 
 
+def check_agreement(n, d, width):
+    """Refuses to time methods that do not take the steps of dense Gauss-Newton in float64."""
+    X, y = random_unit_data(n, d)
+    options = {"dtype": "float64", "tol": 0.0, "max_iter": STEPS}
+    residuals = {}
+    for name, method in METHODS.items():
+        net = train(X, y, width, search=method.search, solver=method.solver, **options)
+        residuals[name] = np.array([record["residual"] for record in net.history_])
+    expected = residuals["dense"]
+    for name, found in residuals.items():
+        if METHODS[name].solver == "cholesky":
+            close = np.isclose(found, expected, rtol=1e-6, atol=1e-9)
+        else:  # the sketched solver stops early on purpose, at a tolerance of its own
+            close = found <= 2.0 * expected + 1e-3
+        if not close.all():
+            raise SystemExit(f"{name} and dense disagree at m = {width}: {found} and {expected}")
+
+
 def time_plain_numpy(X, y, width):
     """A step of sublin.reference in float32, and its first product alone, as two samples.
 
@@ -456,6 +510,8 @@ def measure_scaling(quick):
     """Every turn runs through all cells, so that the runs of one are minutes apart: what else the
     machine does for some seconds spoils one of them, and not the median."""
     cells = scaling_cells(quick)
+    for size, *_ in cells[2:4]:
+        check_agreement(**size)
     most = max(runs for *_, runs in cells)
     turns = [(0, *cell) for cell in cells if cell[-1] == most]  # thrown away: it compiles
     for turn in range(1, most + 1):
@@ -515,6 +571,29 @@ def draw_scaling(samples):
     return figure
 
 
+def draw_phases(samples):
+    """Where a step's time goes: shares by phase, and above the bars all of it."""
+    figure, axes = panels(len(METHODS), height=5.2, sharey=True)
+    widths = list(by_width(samples, "dense"))[1::2]
+    for axis, (name, method) in zip(axes, METHODS.items(), strict=True):
+        found = [by_width(samples, name, phase) for phase in PHASES]
+        seconds = np.array([[of_phase[width] for width in widths] for of_phase in found])
+        shares, bottom = 100 * seconds / seconds.sum(axis=0), 0.0
+        for share, (label, color) in zip(shares, PHASES.values(), strict=True):
+            bars = axis.bar(range(len(widths)), share, 0.85, bottom, color=color, label=label)
+            bottom = bottom + share
+        axis.bar_label(bars, [*map(milliseconds, seconds.sum(axis=0))], padding=2, fontsize=11.5)
+        axis.set_xticks(range(len(widths)), [power_label(width) for width in widths])
+        axis.set_xlabel("width m")
+        axis.set_title(method.label, pad=20)
+        axis.grid(False)
+    axes[0].set_ylabel("share of a step's time (%)\nabove the bars: milliseconds")
+    size = f"n = {samples[0]['n']} random unit points, d = {samples[0]['d']}"
+    figure.suptitle(size, fontsize=13)
+    below_all(figure)
+    return figure
+
+
 def draw_work(samples):
     """Neurons whose products each step reads, at the greatest width at which all searches ran."""
     figure, axis = panels(width=9.0, height=5.6)
@@ -544,8 +623,7 @@ def compared_table(samples):
             step_mean(where(there, method=name)) for name in ("lazy", "dense", "numpy", "product")
         )
         size = f"n = {cell['n']}, d = {cell['d']}, m = {power_text(cell['width'])}"
-        milliseconds = f"{1e3 * lazy:.{0 if lazy >= 1e-2 else 1}f} ms"
-        rows.append([size, milliseconds, *(times(other / lazy) for other in others)])
+        rows.append([size, f"{milliseconds(lazy)} ms", *(times(other / lazy) for other in others)])
     return markdown_table(rows)
 
 
@@ -1145,8 +1223,7 @@ def draw_peers(samples):
         axis.set(xscale="log", yscale="log", xlabel="seconds")
         axis.set_title(f"{case}: n = {content[0]['n']}, m = {power_label(content[0]['width'])}")
     axes[0].set(ylim=(1e-7, 3.0), ylabel="relative residual |f − y| / |y|")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=2, loc="outside lower center")
+    below_all(figure)
     return figure
 
 
@@ -1226,6 +1303,29 @@ def judge_contraction(samples):
         f"the others: {places or 'none'}; in the {len(good)}, steps to 1e-9: "
         f"{spread([sample['steps'] for sample in good])}",
     )
+
+
+def draw_contraction(samples):
+    """Steps to 1e-9, and the worst ratio of successive residuals, over n and m."""
+
+    def steps(runs):
+        median = np.median([run["steps"] for run in runs])
+        return f"{median:g}", {"color": plt.cm.Blues(median / 16)}
+
+    def worst(runs):
+        ratio = max(run["worst"] for run in runs)
+        frame = {"edgecolor": VERMILION, "linewidth": 2.5} if ratio > 0.5 else {}
+        return f"{ratio:.2f}", {"facecolor": plt.cm.Blues(min(ratio, 1.0) / 2), **frame}
+
+    (cells,) = parts(samples, "cells")
+    figure, (left, right) = panels(2, height=5.2)
+    boxes(left, cells, steps, "Steps to a residual of 1e-9, median")
+    boxes(right, cells, worst, "Worst ratio of successive residuals")
+    size = f"d = {cells[0]['d']}, default b, {len(distinct(cells, 'seed'))} seeds"
+    figure.suptitle(
+        f"random unit points, {size}; framed: above 0.5; blank: not measured", fontsize=13
+    )
+    return figure
 
 
 # ---- Experiment: how costs grow with the width ---------------------------------------------------
@@ -1856,6 +1956,35 @@ def judge_shift(samples):
     )
 
 
+def draw_shift(samples):
+    """Time and steps over the threshold, up to where runs begin to fail."""
+    figure, (left, right) = panels(2, height=5.8)
+    first, default = samples[0], where(samples, default=True)[0]["shift"]
+    lost = min((run["shift"] for run in samples if run["end"] != "converged"), default=None)
+    kept = [{**s, "ms": 1e3 * s["total"]} for s in samples if lost is None or s["shift"] < lost]
+    for search in ("lazy", "tree", "dense"):
+        mine = where(kept, search=search, init="gaussian")
+        curves(left, mine, "shift", "ms", "search", str, **METHODS[search].look)
+    for init, color, thick in (("gaussian", BLACK, 5), ("antisymmetric", SKY, 2)):
+        look = {"color": color, "linewidth": thick, "markersize": 2 * thick + 1}
+        mine = where(kept, search="lazy", init=init)  # the second line lies on the first
+        curves(right, mine, "shift", "steps", "init", "{} start".format, **look)
+    for axis in (left, right):
+        axis.axvline(default, color=GREY, linestyle=":", label="default b")
+        if lost is not None:
+            axis.axvline(lost, color=GREY, linestyle="--", label="from here on runs fail")
+        axis.set_xlabel("threshold b")
+        below(axis)
+    left.set_yscale("log", base=2)
+    left.yaxis.set_major_formatter("{x:g}")
+    left.set(ylabel="milliseconds of a whole fit to 1e-6", title="Time, gaussian start")
+    right.locator_params(axis="y", integer=True)
+    right.set(ylabel="Gauss-Newton steps to 1e-6", title="Steps of lazy")
+    size = f"n = {first['n']}, d = {first['d']}, m = {power_label(first['width'])}"
+    figure.suptitle(size, fontsize=13)
+    return figure
+
+
 def number_shift(samples):
     """Steps and seconds at b = 0, the default, and the greatest b at which all runs converge."""
     lazy = where(samples, search="lazy", init="antisymmetric")
@@ -1932,6 +2061,24 @@ def judge_crossover(samples):
             "to a residual of 1e-5, all but lazy in float32; dense takes "
             f"{', '.join(dense)} as long there, for n = {', '.join(map(str, widest))}",
         )
+
+
+def draw_crossover(samples):
+    """The fastest search over n and m, and how many times as long the next one and dense take."""
+
+    def fastest(key, runs):
+        ((name, seconds),) = winners(runs, key).values()
+        least, following, *_ = sorted(seconds.values())
+        dense = times(seconds["dense"] / least).replace(" times", "×")
+        box = {"color": METHODS[name].colour, "alpha": 0.25, "linewidth": 0}
+        return f"{name}\nnext {following / least:.2f}×\ndense {dense}", box
+
+    figure, axes = panels(2, width=12.0, height=6.0)
+    for axis, key, title in zip(axes, RACES, ("Whole fits", "Steps alone"), strict=True):
+        boxes(axis, samples, partial(fastest, key), title)
+    text = f"Fastest to 1e-5, all but lazy in float32, random unit points, d = {samples[0]['d']}"
+    figure.suptitle(f"{text}; 2×: twice as long; blank: not measured", fontsize=13)
+    return figure
 
 
 def number_crossover(samples):
@@ -2169,6 +2316,30 @@ def judge_data(samples):
     )
 
 
+def draw_data(samples):
+    """Steps and seconds of fits of real tables against the ratio that is predicted before."""
+    figure, axes = panels(2, height=5.6)
+    (fits,) = parts(samples, "fit")
+    tables = ((False, "looked at", BLUE, "o"), (True, "kept aside", VERMILION, "s"))
+    endings = ((True, ""), (False, ", not within 50 steps"))
+    for axis, key, title in zip(axes, ("steps", "seconds"), ("Steps", "Time"), strict=True):
+        for (aside, kind, color, marker), (converged, ending) in product(tables, endings):
+            mine = where(fits, aside=aside, converged=converged)
+            ratios, costs = ([s[of] for s in mine] for of in ("ratio", key))
+            look = {"color": color, "marker": marker, "linestyle": "none", "alpha": 0.6}
+            look["markerfacecolor"] = color if converged else "none"
+            axis.plot(ratios, costs, label=f"tables {kind}{ending}", **look)
+        axis.axvline(sublin.RATIO, color=GREY, linestyle=":", label='the most that "auto" takes')
+        axis.set(xscale="log", xlabel="predicted length of step 2 / step 1")
+        axis.set(ylabel=f"{key} to 1e-3", title=title)
+    axes[0].set_yscale("log", base=2)
+    axes[1].set_yscale("log")
+    for axis in axes:
+        axis.yaxis.set_major_formatter("{x:g}")
+    below_all(figure, 3)
+    return figure
+
+
 def threshold_table(fits):
     """How many fits converge, and how fast, by how the threshold was chosen."""
     rows = [["shift", "tables", "fits to 1e-3", "steps: median", "seconds: mean"]]
@@ -2263,6 +2434,10 @@ steps. The tables of the first kind were looked at when the rule of `shift="auto
 of the second were kept aside until it was fixed.
 
 {threshold_table(fits)}
+
+Every fit, beside the length of its second step over that of the first, which is predicted before
+anything is drawn:
+![Steps and time against the predicted ratio](data.png)
 """
 
 
@@ -2456,14 +2631,20 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = (
     Experiment(
-        "scaling", "scaling", measure_scaling, (draw_scaling, draw_work), number=number_scaling
+        "scaling",
+        "scaling",
+        measure_scaling,
+        (draw_scaling, draw_phases, draw_work),
+        number=number_scaling,
     ),
     Experiment("setup", "scaling", measure_setup, number=number_setup),
     Experiment("total", "total", measure_total, (draw_total,), judge_total, number_total),
     Experiment("peers", "peers", measure_peers, (draw_peers,), number=number_peers),
-    Experiment("data", "data", measure_data, (), judge_data, number_data, page_data),
+    Experiment("data", "data", measure_data, (draw_data,), judge_data, number_data, page_data),
     Experiment("ranks", "ranks", measure_ranks, (draw_ranks,), number=number_ranks),
-    Experiment("contraction", "claims", measure_contraction, judge=judge_contraction),
+    Experiment(
+        "contraction", "claims", measure_contraction, (draw_contraction,), judge_contraction
+    ),
     Experiment("costs", "claims", measure_costs, judge=judge_costs),
     Experiment("sparsity", "claims", measure_sparsity, (draw_sparsity,), judge_sparsity),
     Experiment("trees", "claims", measure_trees, judge=judge_trees),
@@ -2472,8 +2653,15 @@ EXPERIMENTS = (
     Experiment("norms", "claims", measure_norms, judge=judge_norms),
     Experiment("paths", "claims", measure_paths, judge=judge_paths),
     Experiment("descent", "claims", measure_descent, judge=judge_descent),
-    Experiment("shift", "claims", measure_shift, (), judge_shift, number_shift),
-    Experiment("crossover", "claims", measure_crossover, (), judge_crossover, number_crossover),
+    Experiment("shift", "claims", measure_shift, (draw_shift,), judge_shift, number_shift),
+    Experiment(
+        "crossover",
+        "claims",
+        measure_crossover,
+        (draw_crossover,),
+        judge_crossover,
+        number_crossover,
+    ),
 )
 COMMANDS = tuple(dict.fromkeys(experiment.command for experiment in EXPERIMENTS))
 
@@ -2546,6 +2734,9 @@ medians, and in brackets the least and the greatest, over seeds and cases.
 
 ## Figures
 
+How fast the residual falls:
+![Steps and worst ratio](contraction.png)
+
 How sparse the Jacobian is:
 ![Active neurons against width](sparsity.png)
 
@@ -2554,6 +2745,12 @@ How the network tends to its kernel:
 
 What sketches of which size do:
 ![Distortion against size](sketches.png)
+
+What the threshold b does:
+![Time and steps against b](shift.png)
+
+Which search wins where:
+![Fastest search over n and m](crossover.png)
 """
 
 

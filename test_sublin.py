@@ -5488,6 +5488,24 @@ def test_sandwich_of_points_of_known_distance(delta):
     assert found["low"] < found["eigenvalue"] < found["high"]
 
 
+def test_methods_are_timed_if_they_agree():
+    bench.check_agreement(16, 16, 2**12)
+
+
+@pytest.mark.parametrize("name, wrong", [("scan", {"seed": 1}), ("tree+sketch", {"damping": 1.0})])
+def test_methods_that_disagree_are_not_timed(name, wrong, monkeypatch):
+    right, method = bench.train, bench.METHODS[name]
+
+    def train(X, y, width, search, solver, **options):
+        if (search, solver) == (method.search, method.solver):
+            options |= wrong
+        return right(X, y, width, search=search, solver=solver, **options)
+
+    monkeypatch.setattr(bench, "train", train)
+    with pytest.raises(SystemExit, match=re.escape(f"{name} and dense disagree at m = 4096")):
+        bench.check_agreement(16, 16, 2**12)
+
+
 @core
 def test_slopes_and_least_widths_of_known_samples():
     samples = bench.grid(
