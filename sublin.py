@@ -2112,8 +2112,7 @@ class _Search:
 class _ForwardPass(_Search):
     """Searches whose active sets and outputs come from a forward pass after every step.
 
-    They hold the weights of `live`, _W, and offer _find(), the active sets and the products of the
-    active pairs, and _move_products(step).
+    They offer _find(), the active sets and the products of the active pairs, and _move(step).
     """
 
     rounding = 0.0  # of the outputs, their length
@@ -2134,31 +2133,23 @@ class _ForwardPass(_Search):
         return SparseJacobian._of(self)
 
     def mark(self):
-        """What advance() is about to change."""
-        changing = self._W[self.active.neurons]
-        return {"_active": self.active, "outputs": self.outputs, "flips": self.flips, "W": changing}
+        return {"active": self.active, "outputs": self.outputs, "flips": self.flips}
 
     def advance(self, step, lap):
         """W <- W - J^T step, and all that follows from it; returns the number of flips."""
         before = self.active
-        scales = np.repeat(self.signs[before.neurons], np.diff(before.offsets))
-        factors = (scales * step[before.points] / np.sqrt(self.width)).astype(self.dtype)
-        pairs, shape = (factors, before.points, before.offsets), (before.neurons.size, step.size)
-        self._W[before.neurons] -= scipy.sparse.csr_matrix(pairs, shape=shape) @ self._cast_X
-        self.operations += before.points.size * self.X.shape[1]
-        self._move_products(step)
+        self._move(step)
         lap("seconds_update")
         self.find()
-        # Pairs that were active, and those that are: two ascending runs, which this sort merges.
-        pairs = np.sort(np.concatenate([_keys(before), _keys(self.active)]), kind="stable")
-        flips = pairs.size - 2 * np.count_nonzero(pairs[1:] == pairs[:-1])
-        self.flips += flips
+        flips = np.empty(before.points.size + self.active.points.size, FLIP)
+        flips = flips[: _flips_between(_keys(before), _keys(self.active), flips)].copy()
+        self._note(flips)
+        self.flips += flips.size
         lap("seconds_query")
-        return flips
+        return flips.size
 
     def undo(self, mark):
-        self.active, self.outputs, self.flips = mark["_active"], mark["outputs"], mark["flips"]
-        self._W[self.active.neurons] = mark["W"]
+        self.active, self.outputs, self.flips = mark["active"], mark["outputs"], mark["flips"]
 
     def settle(self):
         """Makes sure that `outputs` come from a forward pass: they do."""
@@ -2166,13 +2157,34 @@ class _ForwardPass(_Search):
     def active_sets(self):
         return self.active._replace(neurons=self.live[self.active.neurons])
 
-    def _weights(self, rows):
-        return self._W[rows]
+    def _note(self, flips):
+        """Told which pairs have flipped."""
+
+
+# A pair that flipped: sign is +1 where it woke, -1 where it fell asleep.
+FLIP = np.dtype([("neuron", np.int32), ("point", np.int32), ("sign", np.int32)])
 
 
 def _keys(active):
-    """Active pairs as ascending numbers."""
+    """Active pairs as ascending numbers; neurons are below 2^31, as places in `live` are."""
     return np.repeat(active.neurons, np.diff(active.offsets)) << 32 | active.points
+
+
+@njit(nogil=True)
+def _flips_between(was, now, flips):
+    """Writes the pairs that are in one of two ascending arrays only; returns their number."""
+    found = p = q = 0
+    while p < was.size or q < now.size:
+        old = was[p] if p < was.size else np.iinfo(np.int64).max
+        new = now[q] if q < now.size else np.iinfo(np.int64).max
+        if old != new:
+            pair = min(old, new)
+            flips[found]["neuron"], flips[found]["point"] = pair >> 32, pair & 0xFFFFFFFF
+            flips[found]["sign"] = 1 if new < old else -1
+            found += 1
+        p += old <= new
+        q += new <= old
+    return found
 
 
 NARROWER = 'use fewer neurons or points, or dtype="float32"'
@@ -2218,8 +2230,64 @@ class _Dense(_ForwardPass):
         self.looked_at += self.width
         return _grouped(*np.divmod(pairs, n)), values
 
-    def _move_products(self, step):
-        """None are kept."""
+    def _move(self, step):
+        active, n = self.active, len(self.X)
+        signs = np.repeat(self.signs[active.neurons], np.diff(active.offsets))
+        factors = (signs * step[active.points] / np.sqrt(self.width)).astype(self.dtype)
+        pairs = factors, active.points, active.offsets
+        coefficients = scipy.sparse.csr_matrix(pairs, shape=(active.neurons.size, n))
+        self._W[active.neurons] -= coefficients @ self._cast_X
+        self.operations += active.points.size * self.X.shape[1]
+
+    def mark(self):
+        return {**super().mark(), "W": self._W[self.active.neurons]}
+
+    def undo(self, mark):
+        super().undo(mark)
+        self._W[self.active.neurons] = mark["W"]
+
+    def _weights(self, rows):
+        return self._W[rows]
+
+
+def _ranges(starts, ends):
+    """The numbers starts[z], ..., ends[z] - 1 for all z, and z for each of them: (z, numbers)."""
+    sizes = ends - starts
+    places = np.repeat(np.arange(sizes.size), sizes)
+    return places, np.arange(places.size) + np.repeat(ends - np.cumsum(sizes), sizes)
+
+
+class _Ledger:
+    """What training has done to the weights, of which only the starting ones are stored:
+
+        w_r = w_r(0) - m^(-1/2) a_r sum_i gamma[r, i] x_i,
+
+    gamma[r, i] being the sum of g_i over the steps in which neuron r was active on point i. While
+    a pair is active its gamma grows like s_i, the sum of all g_i. So only flips are written down,
+    with s at that moment: -s_i where a pair woke, +s_i where it fell asleep.
+    """
+
+    def __init__(self):
+        # For every look for flips, in the order of time, pieces of its flips, and s then. A piece
+        # is None, or FLIPs in the order of their neurons, and an array of one number, how many they
+        # are: 0 until the kernel has written all of them.
+        self.looks = []
+
+    def gamma(self, neurons, offsets, points, sums):
+        """gamma (neurons.size, n) as a CSR matrix, for some of the live neurons, which are active
+        on points[offsets[z]:offsets[z + 1]], now that s is `sums`."""
+        shape = neurons.size, sums.size
+        active = scipy.sparse.csr_matrix((sums[points], points, offsets), shape=shape)
+        active.sort_indices()  # so that sums do not depend on the order of a row
+        entries = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
+        for pieces, then in self.looks:
+            for flips, _ in filter(None, pieces):
+                ends = np.searchsorted(flips["neuron"], [neurons, neurons + 1])
+                places, these = _ranges(*ends)
+                flips = flips[these]
+                entries.append((places, flips["point"], -flips["sign"] * then[flips["point"]]))
+        places, points, gamma = map(np.concatenate, zip(*entries, strict=True))
+        return active + scipy.sparse.csr_matrix((gamma, (places, points)), shape=shape)
 
 
 @njit(nogil=True, fastmath=FAST)
@@ -2280,6 +2348,7 @@ class _Scan(_ForwardPass):
         self._cast_X, self._cast_XXt = self.X.astype(self.dtype), self.XXt.astype(self.dtype)
         self._rows = np.empty((self._levels[-1], n), self.dtype)
         self._rows[self.width :] = -np.inf
+        self._sums, self._ledger = np.zeros(n), _Ledger()
         found, front, back = [], 0, self.width
         blocks = self.start.blocks(partial(self._products, moved), moved.numbers, report)
         for *live, live_products, dead_products in blocks:
@@ -2287,7 +2356,7 @@ class _Scan(_ForwardPass):
             self._rows[back - len(dead_products) : back] = dead_products
             front, back = front + len(live_products), back - len(dead_products)
             found.append(live)
-        self.live, self._W, self.signs = map(np.concatenate, zip(*found, strict=True))
+        self.live, self._vectors, self.signs = map(np.concatenate, zip(*found, strict=True))
         self.n_live = self.live.size
         _mend_ancestors(self._rows, self._levels, np.arange(self.width))
         self.find()
@@ -2296,9 +2365,10 @@ class _Scan(_ForwardPass):
         """Of a block: numbers, weights, signs and products of live neurons; products of others."""
         low, high = np.searchsorted(moved.numbers, (first, first + len(W)))
         here = moved.numbers[low:high] - first
-        W = W.astype(self.dtype)
-        W[here] = moved.weights[low:high]
-        products = W @ self._cast_X.T
+        if here.size:
+            W = W.astype(float)
+            W[here] = moved.weights[low:high]
+        products = W.astype(self.dtype, copy=False) @ self._cast_X.T
         fires = (products >= _least_at_or_above(self.shift, self.dtype)).any(axis=1)
         fires[here] = True
         live = np.flatnonzero(fires)
@@ -2310,7 +2380,7 @@ class _Scan(_ForwardPass):
         self.looked_at += min(compared, self.width)  # padding aside
         return active, values
 
-    def _move_products(self, step):
+    def _move(self, step):
         active, (n, d) = self.active, self.X.shape
         groups, starts = _parents(active.neurons)
         first_parent = self._levels[1] if len(self._levels) > 2 else 0
@@ -2323,13 +2393,32 @@ class _Scan(_ForwardPass):
         if first_parent:
             self.operations += groups.size * (FAN_OUT + 1) * n
             self.operations += _mend_ancestors(self._rows, self._levels, groups, level=1)
+        self._sums = self._sums + step
+
+    def mark(self):
+        return {**super().mark(), "sums": self._sums, "looks": len(self._ledger.looks)}
 
     def undo(self, mark):
         super().undo(mark)
+        self._sums = mark["sums"]
+        del self._ledger.looks[mark["looks"] :]
+        # Products of neurons that have moved, some of them or all, come from the weights again.
         moved = self.active.neurons
+        weights = self._weights(np.arange(self.n_live))[moved].astype(self.dtype)
         with _one_blas_thread():
-            self._rows[moved] = self._W[moved] @ self._cast_X.T
+            self._rows[moved] = weights @ self._cast_X.T
         _mend_ancestors(self._rows, self._levels, moved)
+
+    def _note(self, flips):
+        self._ledger.looks.append(([(flips, np.array([flips.size]))], self._sums))
+
+    def _weights(self, rows):
+        """Weights of all live neurons, in the order of `live`. `rows` must be 0, ..., n_live - 1:
+        unlike the other searches this one cannot pick some of them."""
+        offsets = np.zeros(rows.size + 1, np.int64)
+        offsets[self.active.neurons + 1] = np.diff(self.active.offsets)
+        gamma = self._ledger.gamma(rows, np.cumsum(offsets), self.active.points, self._sums)
+        return self._vectors - (self.signs / np.sqrt(self.width))[:, None] * (gamma @ self.X)
 
 
 class _Tree(_Scan):
@@ -2438,10 +2527,6 @@ ROW = np.dtype(
         ("sign", np.int32),  # a_r
     ]
 )
-
-
-# A pair that flipped: sign is +1 where it woke, -1 where it fell asleep.
-FLIP = np.dtype([("neuron", np.int32), ("point", np.int32), ("sign", np.int32)])
 
 
 class LiveRows(NamedTuple):
@@ -3049,53 +3134,6 @@ class _Clear(NamedTuple):
         return _grouped(neurons[order], points[order])
 
 
-def _ranges(starts, ends):
-    """The numbers starts[z], ..., ends[z] - 1 for all z, and z for each of them: (z, numbers)."""
-    sizes = ends - starts
-    places = np.repeat(np.arange(sizes.size), sizes)
-    return places, np.arange(places.size) + np.repeat(ends - np.cumsum(sizes), sizes)
-
-
-class _Ledger:
-    """What training has done to the weights, of which only the starting ones are stored:
-
-        w_r = w_r(0) - m^(-1/2) a_r sum_i gamma[r, i] x_i,
-
-    gamma[r, i] being the sum of g_i over the steps in which neuron r was active on point i. While
-    a pair is active its gamma grows like s_i, the sum of all g_i. So only flips are written down,
-    with s at that moment: -s_i where a pair woke, +s_i where it fell asleep.
-    """
-
-    def __init__(self):
-        # For every look for flips, in the order of time, CHUNKS pieces and the moment. A piece is
-        # None, or FLIPs in the order of their neurons, and an array of one number, how many they
-        # are: 0 until the kernel has written all of them.
-        self.looks = []
-
-    def open(self, moment):
-        """A new look: its pieces, to be filled by threads."""
-        self.looks.append(([None] * CHUNKS, moment))
-        return self.looks[-1][0]
-
-    def gamma(self, neurons, offsets, points, moments):
-        """gamma (neurons.size, n) as a CSR matrix, for some of the live neurons, which are active
-        on points[offsets[z]:offsets[z + 1]] now."""
-        sums = moments.sums[moments.now]
-        shape = neurons.size, sums.size
-        active = scipy.sparse.csr_matrix((sums[points], points, offsets), shape=shape)
-        active.sort_indices()  # so that sums do not depend on the order of a row
-        entries = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
-        for pieces, moment in self.looks:
-            then = moments.sums[moment]
-            for flips, _ in filter(None, pieces):
-                ends = np.searchsorted(flips["neuron"], [neurons, neurons + 1])
-                places, these = _ranges(*ends)
-                flips = flips[these]
-                entries.append((places, flips["point"], -flips["sign"] * then[flips["point"]]))
-        places, points, gamma = map(np.concatenate, zip(*entries, strict=True))
-        return active + scipy.sparse.csr_matrix((gamma, (places, points)), shape=shape)
-
-
 class _CountedJacobian(SparseJacobian):
     """The Jacobian of a lazy search as it stands until its next step: its Gram matrix is known, and
     the active sets are only gathered if asked for."""
@@ -3455,7 +3493,8 @@ class _Lazy(_ByCounts):
         n, edges, resolution = len(self.X), _edges(self.live.size), self._resolution_now
         outputs, tally = np.zeros((CHUNKS, 2, n), np.int64), np.zeros((CHUNKS, 5), np.int64)
         partial_counts = _counts_of_threads(n)
-        pieces = self._ledger.open(self._moments.now)
+        pieces = [None] * CHUNKS
+        self._ledger.looks.append((pieces, self._sums))
 
         def of_share(thread, low, high):
             flips, count = np.empty(self._used, FLIP), np.zeros(1, np.int64)  # one a pair at most
@@ -3529,7 +3568,7 @@ class _Lazy(_ByCounts):
         drawn = np.minimum(neurons, self._seam)
         start = self._vectors[drawn // self.start.copies + (neurons - drawn)].astype(float)
         pairs = _active_pairs(self._live, neurons)
-        gamma = self._ledger.gamma(neurons, *pairs, self._moments)
+        gamma = self._ledger.gamma(neurons, *pairs, self._sums)
         return start - (self.signs[neurons] / np.sqrt(self.width))[:, None] * (gamma @ self.X)
 
 

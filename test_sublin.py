@@ -2139,9 +2139,9 @@ def assert_whole(fitted, X, y, of_record=True):
 # whatever thread runs them.
 BREAKS = [
     *product(SEARCHES, ("mark", "advance", "settle", "undo", "jacobian", "take_counts")),
-    *product(("dense", "scan", "tree"), ("find", "_add_outputs", "_keys")),
+    *product(("dense", "scan", "tree"), ("find", "_add_outputs", "_flips_between")),
     *product(("scan", "tree"), ("_move_leaves", "_count_reaching", "_report")),
-    *product(["dense"], ("_find", "_grouped", "_map_in_threads")),
+    *product(["dense"], ("_find", "_move", "_grouped", "_map_in_threads")),
     *product(["tree"], ["_mend"]),
     *product(["lazy"], ("_look", "_go_to", "_add_active_outputs", "_place_anew", "_unflip")),
     *product(["words"], ("_find_flips", "_look", "_go_to", "_remember", "_find", "_counts_after")),
