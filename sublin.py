@@ -771,8 +771,12 @@ def _proposals(seed, block, twins, rate, tail, n, room):
 def _bend(vectors, points, lengths, X):
     """Gives vector k the product lengths[k] with the unit vector X[points[k]], in float32."""
     for k in range(len(vectors)):
-        w, x = vectors[k], X[points[k]]
-        _add_multiple(w, np.float32(lengths[k] - _dot(w, x)), x)
+        i, product = points[k], np.float32(0)
+        for z in range(X.shape[1]):
+            product += vectors[k, z] * X[i, z]
+        lack = np.float32(lengths[k] - product)
+        for z in range(X.shape[1]):
+            vectors[k, z] += lack * X[i, z]
 
 
 @njit(nogil=True)
@@ -3396,7 +3400,8 @@ class _Lazy(_ByCounts):
         last = _LiveStart(moved.weights, moved.numbers, moved.signs, *nothing)
         columns = [list(column) for column in zip(*parts, last[:ARRAYS], strict=True)]
         parts.clear()
-        self._vectors, self.live, self.signs, rows, *others = map(_join_and_clear, columns)
+        joined = _map_in_threads(_join_and_clear, columns, held)
+        self._vectors, self.live, self.signs, rows, *others = joined
         self._seam = self.live.size - size
         rows["sign"] = self.signs
         self._live = LiveRows(rows.view(RECORDS), *others)
