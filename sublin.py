@@ -2565,11 +2565,6 @@ class Geometry(NamedTuple):
         )
 
 
-# Numba counts negative indices from the end, which takes three instructions an index, unless it
-# knows that there are none: places in memory go through this mask, which changes none of them.
-NOT_NEGATIVE = 2**62 - 1
-
-
 class Moments(NamedTuple):
     """Sums s of the dual steps at the moments 0, 1, ..., of which `now` is the last."""
 
@@ -2719,7 +2714,7 @@ def _certify(points, products, row, XXt, cross, shift, distance):
     """Finds the slack of a row that has been looked at; returns the certificate."""
     if row.active == 0:
         return np.inf
-    first, k, size, margin = row.start & NOT_NEGATIVE, row.active, row.count, row.margin
+    first, k, size, margin = row.start, row.active, row.count, row.margin
     if k == 1:
         along, against = _slack_of_single(points, products, first, size, margin, XXt, cross, shift)
     else:
@@ -2773,7 +2768,7 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
                 continue
             row = rows[q]
             scale = -unit * row.sign
-            first, size, k = row.start & NOT_NEGATIVE, row.count, row.active
+            first, size, k = row.start, row.count, row.active
             along, travel = _travel(points, first, k, scale, sums, row.looked, now, factors)
             left = row.slack - travel
             if k == 1:
@@ -2840,7 +2835,7 @@ def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
         total = outputs[chunk]
         for q in range(edges[chunk], edges[chunk + 1]):
             row = rows[q]
-            first, k, scale = row.start & NOT_NEGATIVE, row.active, -unit * row.sign
+            first, k, scale = row.start, row.active, -unit * row.sign
             _travel(points, first, k, scale, sums, row.looked, now, factors)
             for a in range(k):
                 moved[a] = products[first + a]
