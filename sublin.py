@@ -1181,9 +1181,9 @@ def _add_multiple(u, factor, v):
         u[k] += factor * v[k]
 
 
-# Cost of an entry of X X^T, in multiply-adds of whole vectors: entries that are read one after the
-# other, entries here and there, and such entries where X X^T is larger than a second-level cache.
-IN_ORDER, SCATTERED, FAR_SCATTERED = 2.0, 4.0, 16.0
+# Cost of an entry of X X^T, in multiply-adds of whole vectors: of entries that are read one after
+# the other, and of entries here and there.
+IN_ORDER, SCATTERED = 2.0, 16.0
 
 
 @njit(inline="always")
@@ -2023,7 +2023,7 @@ class _Network(NamedTuple):
 # reason, and again when undo() itself was.
 
 
-class _Moved(NamedTuple):
+class _Held(NamedTuple):
     """This rank's neurons that a search is given with their weights: those that an earlier fit
     held, its live ones, or all m after "dense", whether or not they have moved; and live twins that
     were drawn for it."""
@@ -2048,17 +2048,16 @@ class _Moved(NamedTuple):
         return cls(*network.dealt(start.owns))
 
 
-def _with_live_twins(moved, start, report):
-    """`moved` and the live twins of a law that are not known yet."""
+def _with_live_twins(held, start, report):
+    """`held` and the live twins of a law that are not known yet."""
 
     def of_block(twins, vectors, _):
         numbers = (2 * twins[:, None] + [0, 1]).ravel()
         return numbers, np.repeat(vectors, 2, axis=0), np.tile([1.0, -1.0], twins.size)
 
-    groups = _LiveBlocks(start, moved.numbers).groups(of_block, report)
-    held = [moved[:3], *_one_by_one(groups)]
-    held = _in_order(*map(np.concatenate, zip(*held, strict=True)))
-    return _Moved(*held, moved.longest)
+    groups = _LiveBlocks(start, held.numbers).groups(of_block, report)
+    parts = zip(held[:3], *_one_by_one(groups), strict=True)
+    return _Held(*_in_order(*map(np.concatenate, parts)), held.longest)
 
 
 class _Search:
@@ -2074,7 +2073,7 @@ class _Search:
     whose products were read, of all ranks.
     """
 
-    def __init__(self, X, y, start, shift, moved, may_wake, lean, dtype, report):
+    def __init__(self, X, y, start, shift, held, may_wake, lean, dtype, report):
         self.X, self.shift, self.start, self.width = X, shift, start, start.width
         _check_memory(f"Gram matrices of {len(X)} points", 40 * len(X) ** 2, "use fewer points")
         with _one_blas_thread():
@@ -2082,7 +2081,7 @@ class _Search:
         self.dtype = dtype
         self.operations = self.looked_at = self.flips = 0
         self.lean = lean  # whether a lazy search may leave neurons out that cannot flip
-        self._begin(y, moved, may_wake, report)
+        self._begin(y, held, may_wake, report)
 
     @property
     def mean_diagonal(self):
@@ -2202,7 +2201,7 @@ class _Dense(_ForwardPass):
         what = f'search="dense" with {width} neurons'
         _check_memory(what, width * X.shape[1] * dtype.itemsize, NARROWER)
 
-    def _begin(self, y, moved, may_wake, report):
+    def _begin(self, y, held, may_wake, report):
         d = self.X.shape[1]
         self._cast_X = self.X.astype(self.dtype)
         self._W = np.empty((self.width, d), self.dtype)
@@ -2212,9 +2211,9 @@ class _Dense(_ForwardPass):
             self._W[first : first + len(W)] = W
             self.signs[first : first + len(W)] = signs
 
-        for _ in self.start.blocks(keep, moved.numbers, report):
+        for _ in self.start.blocks(keep, held.numbers, report):
             pass
-        self._W[moved.numbers] = moved.weights
+        self._W[held.numbers] = held.weights
         self.find()
         self.n_live = self.changing
 
@@ -2346,7 +2345,7 @@ class _Scan(_ForwardPass):
         rows = int(_levels(width)[: cls.height + 1][-1])
         _check_memory(what, len(X) * rows * dtype.itemsize, NARROWER)
 
-    def _begin(self, y, moved, may_wake, report):
+    def _begin(self, y, held, may_wake, report):
         n = len(self.X)
         self._levels = _levels(self.width)[: self.height + 1]
         self._cast_X, self._cast_XXt = self.X.astype(self.dtype), self.XXt.astype(self.dtype)
@@ -2354,7 +2353,7 @@ class _Scan(_ForwardPass):
         self._rows[self.width :] = -np.inf
         self._sums, self._ledger = np.zeros(n), _Ledger()
         found, front, back = [], 0, self.width
-        blocks = self.start.blocks(partial(self._products, moved), moved.numbers, report)
+        blocks = self.start.blocks(partial(self._products, held), held.numbers, report)
         for *live, live_products, dead_products in blocks:
             self._rows[front : front + len(live_products)] = live_products
             self._rows[back - len(dead_products) : back] = dead_products
@@ -2365,13 +2364,13 @@ class _Scan(_ForwardPass):
         _mend_ancestors(self._rows, self._levels, np.arange(self.width))
         self.find()
 
-    def _products(self, moved, first, W, signs):
+    def _products(self, held, first, W, signs):
         """Of a block: numbers, weights, signs and products of live neurons; products of others."""
-        low, high = np.searchsorted(moved.numbers, (first, first + len(W)))
-        here = moved.numbers[low:high] - first
+        low, high = np.searchsorted(held.numbers, (first, first + len(W)))
+        here = held.numbers[low:high] - first
         if here.size:
             W = W.astype(float)
-            W[here] = moved.weights[low:high]
+            W[here] = held.weights[low:high]
         products = W.astype(self.dtype, copy=False) @ self._cast_X.T
         fires = (products >= _least_at_or_above(self.shift, self.dtype)).any(axis=1)
         fires[here] = True
@@ -2550,7 +2549,6 @@ class Geometry(NamedTuple):
     cross: float  # largest |<x_i, x_j>| over i != j, and more than 0
     shift: float
     unit: float  # m^(-1/2)
-    entry: float  # cost of an entry of X X^T, see _through_gram
 
     @classmethod
     def of(cls, X, XXt, shift, width):
@@ -2561,7 +2559,6 @@ class Geometry(NamedTuple):
             cross=max(max(below), 1e-12),
             shift=shift,
             unit=width**-0.5,
-            entry=SCATTERED if len(X) <= 362 else FAR_SCATTERED,  # whether X X^T is below 1 MB
         )
 
 
@@ -2757,7 +2754,7 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
     """
     # Arrays are taken out of the tuples once, as each time their references would be counted.
     rows, certificates, points, products = live
-    X, XXt, cross, shift, unit, entry = geometry
+    X, XXt, cross, shift, unit = geometry
     now, sums, distance, _ = moments
     d, found = X.shape[1], 0
     factors, w = np.empty(len(X)), np.empty(d)
@@ -2776,7 +2773,7 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
             if left > 0.0:
                 certificates[q] = _certificate(distance, left, k)
                 continue
-            if _through_gram(k, size, d, entry):
+            if _through_gram(k, size, d, SCATTERED):
                 _move_through_gram(points, products, first, size, k, factors, XXt)
                 length = _length(points, first, k, factors, XXt)
                 tally[chunk, OPERATIONS] += k * (size + k)
@@ -2827,7 +2824,7 @@ def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
     """Adds to outputs[chunk], in fixed point, the outputs of the neurons edges[chunk], ...,
     edges[chunk + 1] - 1."""
     rows, _, points, products = live
-    X, XXt, _, shift, unit, entry = geometry
+    X, XXt, _, shift, unit = geometry
     now, sums, _, _ = moments
     d = X.shape[1]
     factors, w, moved = np.empty(len(X)), np.empty(d), np.empty(len(X))
@@ -2839,7 +2836,7 @@ def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
             _travel(points, first, k, scale, sums, row.looked, now, factors)
             for a in range(k):
                 moved[a] = products[first + a]
-            if _through_gram(k, k, d, entry):
+            if _through_gram(k, k, d, SCATTERED):
                 for a in range(k):
                     for b in range(k):
                         moved[a] += factors[b] * XXt[points[first + a], points[first + b]]
@@ -2952,7 +2949,7 @@ def _fill_rows(
 
     Candidates come from `products`, which may be wrong by rounding, and are decided in float64.
     """
-    X, XXt, cross, shift, _, _ = geometry
+    X, XXt, cross, shift, _ = geometry
     certificates, live = np.empty(rows.size), np.empty(chosen.size, np.int64)
     points, exact, w = np.empty(room, np.uint32), np.empty(room), np.empty(X.shape[1])
     found = first = left_out = 0  # `first` is where the next row begins
@@ -3013,12 +3010,12 @@ def _join_and_clear(arrays):
     return joined
 
 
-def _unmoved(moved, first, vectors, signs):
-    """Of the vectors of a block those whose neurons are not among the numbers `moved`: the numbers
+def _not_held(held, first, vectors, signs):
+    """Of the vectors of a block those whose neurons are not among the numbers `held`: the numbers
     of their first neurons, vectors, and signs (k, copies)."""
     copies = signs.size // len(vectors)
     numbers, signs = first + copies * np.arange(len(vectors)), signs.reshape(-1, copies)
-    still = ~np.isin(numbers, moved)  # of twins both have moved, or neither
+    still = ~np.isin(numbers, held)  # of twins both are held, or neither
     if still.all():
         return numbers, vectors, signs
     return numbers[still], vectors[still], signs[still]
@@ -3036,9 +3033,9 @@ class _Sieve(NamedTuple):
     pull: np.ndarray  # (n,) float32: expected, or the reach
     wanted: int
 
-    def of_block(self, moved, *block):
-        """The live neurons of a block of all that have not moved, as a list of _LiveStarts."""
-        return self._sift(*_unmoved(moved, *block))
+    def of_block(self, held, *block):
+        """The live neurons of a block that are not held, as a list of _LiveStarts."""
+        return self._sift(*_not_held(held, *block))
 
     def of_twins(self, twins, vectors, products):
         """The same, of twins that are live on some of the points seen so far."""
@@ -3179,18 +3176,18 @@ class _ByCounts(_Search):
     rounding = 0.0
     _left_out, _clear_counts = 0, 0  # clear neurons of this rank without rows, and their counts
 
-    def _set_out(self, moved):
+    def _set_out(self, held):
         """Sets D, s and the moments to their beginning."""
-        longest, self._block_size = max(self.start.longest, moved.longest), self.start.block_size
+        longest, self._block_size = max(self.start.longest, held.longest), self.start.block_size
         self._geometry = Geometry.of(self.X, self.XXt, self.shift, self.width)
         self._moments = Moments(0, np.zeros((MOMENTS, len(self.X))), 0.0, longest)
 
     def _state(self):
         return {name: getattr(self, name) for name in self.REPLACED}
 
-    def _add_up(self, moved, changing, looked_at, operations):
+    def _add_up(self, held, changing, looked_at, operations):
         """Counts and outputs at the start, from those of all ranks' neurons."""
-        cancel = self.start.init == "antisymmetric" and not moved.anywhere
+        cancel = self.start.init == "antisymmetric" and not held.anywhere
         own_outputs = self._no_outputs if cancel else self._own_outputs()
         n_live = self.live.size + self._left_out
         tally = np.array([n_live, changing, looked_at, operations])
@@ -3291,7 +3288,7 @@ class _ByCounts(_Search):
 
     def _batches(self, neurons, size):
         """Slices of a list of neurons, each of one block, on one side of the _seam between neurons
-        that had moved at the start and others, and `size` long at most. A product of matrices has
+        that were held at the start and others, and `size` long at most. A product of matrices has
         the same bits on any rank only if the same neurons are in it."""
         parts = 2 * (self.live[neurons] // self._block_size) + (neurons >= self._seam)
         edges = np.flatnonzero(np.diff(parts)) + 1
@@ -3333,8 +3330,8 @@ class _Lazy(_ByCounts):
     def check_memory(X, width, dtype):
         """What it needs is known once the first blocks are drawn."""
 
-    def _begin(self, y, moved, may_wake, report, reach=None):
-        self._set_out(moved)
+    def _begin(self, y, held, may_wake, report, reach=None):
+        self._set_out(held)
         self._ledger = _Ledger()
         # Training ends about where every active product has moved by |y_i| / (Phi(-b) sqrt(m)), so
         # that dw_r is a sum of vectors of about that length, one for each active point.
@@ -3342,24 +3339,24 @@ class _Lazy(_ByCounts):
         largest = np.finfo(np.float32).max
         pull = np.minimum(MARGIN * np.abs(y) / output_per_move, largest).astype(np.float32)
         self._sieve = _Sieve(self.start, self._geometry, pull, ALL)
-        self._begun, self._path = (y, moved, may_wake), []
+        self._begun, self._path = (y, held, may_wake), []
         if not may_wake:
             groups = ()
         elif self.start.draws_live:
-            live_blocks = _LiveBlocks(self.start, moved.numbers)
-            if self.lean and not moved.anywhere:
+            live_blocks = _LiveBlocks(self.start, held.numbers)
+            if self.lean and not held.anywhere:
                 self._sieve = self._lean_sieve(live_blocks, y, reach)
             groups = live_blocks.groups(self._sieve.of_twins, report)
         else:
-            work = partial(self._sieve.of_block, moved.numbers)
-            groups = self.start.groups(work, moved.numbers, report)
+            work = partial(self._sieve.of_block, held.numbers)
+            groups = self.start.groups(work, held.numbers, report)
         self._margin = np.sqrt(np.mean(pull.astype(float) ** 2))  # a typical one
-        self._lay_out(groups, moved)
+        self._lay_out(groups, held)
         everybody = np.arange(self.live.size)
         active = ActiveSets(everybody, *_active_pairs(self._live, everybody))
         self._own_counts = _coactivity(active, len(self.X)) + self._clear_counts
         changing = np.count_nonzero(self._live.rows["active"]) + self._left_out
-        self._add_up(moved, changing, self.live.size + self._left_out, self._used)
+        self._add_up(held, changing, self.live.size + self._left_out, self._used)
 
     def _lean_sieve(self, live_blocks, y, reach):
         """A sieve that lets near neurons through only, if at most half of the live ones are."""
@@ -3377,10 +3374,10 @@ class _Lazy(_ByCounts):
         near, left_out = sum(p.live.size for p in first), sum(p.left_out for p in first)
         return lean if near <= left_out > 0 else self._sieve
 
-    def _lay_out(self, groups, moved):
-        """All rows in one stretch of memory; those of moved neurons come last."""
-        self._left_out = self._clear_counts = self._used = held = 0
-        parts, size = [], moved.numbers.size
+    def _lay_out(self, groups, held):
+        """All rows in one stretch of memory; those of neurons that were held come last."""
+        self._left_out = self._clear_counts = self._used = room = 0
+        parts, size = [], held.numbers.size
         for done, blocks in groups:
             for part in (part for block in blocks for part in block):
                 part.rows["start"] += self._used
@@ -3388,20 +3385,20 @@ class _Lazy(_ByCounts):
                 self._left_out += part.left_out
                 self._clear_counts = self._clear_counts + part.counts
                 parts.append(part[:ARRAYS])
-                held += sum(array.nbytes for array in part[:ARRAYS])
+                room += sum(array.nbytes for array in part[:ARRAYS])
             # While they are joined all are there twice.
-            _check_memory("rows of live neurons", (2.0 / done - 1.0) * held)
+            _check_memory("rows of live neurons", (2.0 / done - 1.0) * room)
         nothing = np.zeros(size, ROW), np.zeros(size)  # to be looked at in the first step
-        last = _LiveStart(moved.weights, moved.numbers, moved.signs, *nothing)
+        last = _LiveStart(held.weights, held.numbers, held.signs, *nothing)
         columns = [list(column) for column in zip(*parts, last[:ARRAYS], strict=True)]
         parts.clear()
-        joined = _map_in_threads(_join_and_clear, columns, held)
+        joined = _map_in_threads(_join_and_clear, columns, room)
         self._vectors, self.live, self.signs, rows, *others = joined
         self._seam = self.live.size - size
         rows["sign"] = self.signs
         self._live = LiveRows(rows.view(RECORDS), *others)
-        moved_ones = np.arange(self._seam, self.live.size)
-        for neurons, products in self._all_products(moved_ones):
+        held_ones = np.arange(self._seam, self.live.size)
+        for neurons, products in self._all_products(held_ones):
             margins = np.full(neurons.size, self._margin)
             self._place(neurons, products, products >= self.shift, margins)
 
@@ -3786,31 +3783,31 @@ class _InWords(_ByCounts):
         what = f"weights of {width} neurons, most of which fire on some point"
         _check_memory(what, width * (16 * X.shape[1] + len(X) // 4), "use fewer neurons")
 
-    def _begin(self, y, moved, may_wake, report):
+    def _begin(self, y, held, may_wake, report):
         n, d = self.X.shape
-        self._set_out(moved)
+        self._set_out(held)
         self._X32, self._log = self.X.astype(np.float32), []
         if may_wake and self.start.draws_live:
-            moved, may_wake = _with_live_twins(moved, self.start, report), False
-        self.live, self._seam = moved.numbers, moved.numbers.size
+            held, may_wake = _with_live_twins(held, self.start, report), False
+        self.live, self._seam = held.numbers, held.numbers.size
         blocks = [slice(0), *self._batches(np.arange(self.live.size), self.width)]
         with _one_blas_thread():
-            found = [self._live_of(*(array[some] for array in moved[:3]), True) for some in blocks]
+            found = [self._live_of(*(array[some] for array in held[:3]), True) for some in blocks]
         if may_wake:
-            work = partial(self._of_block, moved.numbers)
-            found += _one_by_one(self.start.groups(work, moved.numbers, report))
+            work = partial(self._of_block, held.numbers)
+            found += _one_by_one(self.start.groups(work, held.numbers, report))
         self.live, self.signs, *arrays = map(np.concatenate, zip(*found, strict=True))
         self._packed = Packed(*arrays, looked=np.zeros(self.live.size, np.int64))
         self._own_counts = np.zeros((n, n), np.int32)
-        copies = 1 if moved.anywhere else self.start.copies  # twins begin alike
+        copies = 1 if held.anywhere else self.start.copies  # twins begin alike
         _add_coactivity(self._by_point(self._packed.words[::copies]), self._own_counts, copies)
         changing = np.count_nonzero(self._packed.active)
-        self._add_up(moved, changing, 0, 0)
+        self._add_up(held, changing, 0, 0)
         self.looked_at += self.width
         self.operations += self.width * n * (d + 1)
 
-    def _of_block(self, moved, *block):
-        return self._live_of(*_unmoved(moved, *block), False)
+    def _of_block(self, held, *block):
+        return self._live_of(*_not_held(held, *block), False)
 
     def _live_of(self, numbers, weights, signs, all_of_them):
         """Of neurons whose vectors are `weights`, numbers[k] being the first that has vector k and
@@ -4565,8 +4562,8 @@ class SublinearTrainer:
             law = _Law((self._X,), self.shift_)
             law = law if law.rate <= HIGHEST_RATE else None
         start = _Start(seed, int(self.width), d, self.init, progress.ranks, law)
-        moved = _Moved(NOBODY, np.zeros((0, d), np.float32), np.zeros(0), 0.0)
-        self._begin_search(start, moved, True, progress)
+        held = _Held(NOBODY, np.zeros((0, d), np.float32), np.zeros(0), 0.0)
+        self._begin_search(start, held, True, progress)
         self._sums, self._mean_diagonal = np.zeros(n), self._search.mean_diagonal
         self._measure()
         self.history_, damping = [], 0.0 if self.damping == "auto" else float(self.damping)
@@ -4608,8 +4605,8 @@ class SublinearTrainer:
                 law = start.law.with_points(self._X)
                 may_wake = law is not start.law
                 start = start if start.law.seen else start._replace(law=law)
-            moved = _Moved.of(self._trained_network(), start)
-            self._begin_search(start, moved, may_wake, progress)
+            held = _Held.of(self._trained_network(), start)
+            self._begin_search(start, held, may_wake, progress)
         if not same_points:
             self._sums, self._mean_diagonal = np.zeros(len(y)), self._search.mean_diagonal
             self._enough = None
@@ -4645,19 +4642,19 @@ class SublinearTrainer:
             return shift, None
         return shift, math.ceil(math.log2(self.width) + 4 / 3 * math.log2(ratio / RATIO))
 
-    def _begin_search(self, start, moved, may_wake, progress):
-        """A search at the network of which some neurons have moved from the start; `may_wake` is
-        whether others may be live, which must be drawn then."""
+    def _begin_search(self, start, held, may_wake, progress):
+        """A search at the network of which some neurons are held; `may_wake` is whether others may
+        be live, which must be drawn then."""
         X, dtype = self._X, np.dtype(self.dtype)
         kind = _search_class(self.search, X, start.width, self.shift_)
         kind.check_memory(X, start.own_width, dtype)
         if self.search != "lazy" and start.law is not None:  # dead neurons, too, are held, and seen
             if may_wake and start.draws_live:
-                moved = _with_live_twins(moved, start, progress.drawn)
+                held = _with_live_twins(held, start, progress.drawn)
             start = start.shown()
         lean, targets = not SOLVERS[self.solver].sketches, self._y - self._unreachable
         how = may_wake, lean, dtype, progress.drawn
-        self._search = kind(X, targets, start, self.shift_, moved, *how)
+        self._search = kind(X, targets, start, self.shift_, held, *how)
         self._network, self.n_live_ = None, self._search.n_live
 
     def _train(self, progress):
