@@ -4411,9 +4411,9 @@ class SublinearTrainer:
         signs_ (m,) int8.
 
     Memory: "lazy" holds for each live neuron its starting weights, 72 bytes more, and 12 for each
-    pair near the threshold, or, in words, 8 d + n / 8 bytes, and twice that in a step; nothing of
-    size m. Where at most half of the live neurons are near the threshold it holds these only,
-    without their weights. "scan" holds n m products and "tree" (1 + 1/15) n m, both with the
+    pair near the threshold, or, in words, 8 d + n / 8 bytes, and twice that in a step; further
+    8 n bytes for each step tried; nothing of size m. Where at most half of the live neurons are
+    near the threshold it holds these only. "scan" holds n m products and "tree" (1 + 1/15) n m, both with the
     starting weights of live neurons; "dense" holds m d weights.
     Costs: fit takes O(n m d) once, or O(n d) for each live neuron with draw="live"; then for each
     step the search as above and the solver, O(n^3) for "cholesky". It raises ValueError, TypeError
