@@ -31,8 +31,11 @@ Notation (the paper's symbol, its name here, its meaning, its shape)
     K       neurons   neurons active on some point, which are those a step changes      set
     --      live      neurons active on some point at the start, or held by an earlier  set
                       fit. No others ever change: they are dead
-    --      clear     live neurons that cannot flip: counted, not held, drawn again when asked  set
-    --      block     neurons that are drawn together; each is held by one rank, which is a process
+    --      clear     live neurons no pair of which can flip in all of training         set
+    --      near      live neurons that are not clear                                           set
+    --      lean      a lazy search that holds near neurons only; clear ones are counted, and
+                      drawn again when somebody asks for them
+    --      block     neurons that one rank, which is a process, holds together
     --      twins     neurons 2 k and 2 k + 1 of an antisymmetric start, which share a vector
     --      pair      a neuron r and a point i; it is active if r is in Q_i
     --      flip      a pair that became active, or ceased to be, in a step: the neuron
@@ -40,10 +43,11 @@ Notation (the paper's symbol, its name here, its meaning, its shape)
     J       J         Jacobian; part (i, r) is m^(-1/2) a_r x_i^T if r in Q_i, else 0   (n, m d)
     G       gram      Gram matrix J J^T                                                 (n, n)
     C       counts    number of neurons active on both x_i and x_j; G is X X^T o C / m  (n, n)
-    g       step      dual step of Gauss-Newton                                         (n,)
+    g       step      the dual step: what a step solves for; weights then move by -J^T g  (n,)
     mu      damping   G + mu I is solved instead of G
     nu      --        `ridge` times the mean of G's diagonal when the points were first fitted;
                       (G + (nu + mu) I) g = f - y - nu s is solved
+    --      residual  ||f - y|| / ||y||; system_residual, with a ridge, ||f - y - nu s|| / ||y||
     nnz     nnz       number of active pairs, the sum of |Q_i|
     s       sums      the sum of the dual steps g so far                                (n,)
     gamma   gamma     sum of g_i over the steps in which pair (r, i) was active         (live, n)
@@ -63,7 +67,7 @@ checks of input, threads, ranks, versions and the place of machine code.
 Within a major version a copy may rely on the names in __all__ and their arguments, on the files
 that `save` writes being read by later versions, and on a seed giving the same bits with the same
 versions of NumPy, SciPy and Numba on machines of one kind, whatever the number of threads and
-ranks. Names that begin with an underscore may change.
+ranks. All other names may change, whether or not they begin with an underscore.
 
 Further references
 
@@ -295,17 +299,20 @@ def _second_over_first(X, y, shift, width, regularisation):
     small training converges, since each step then only corrects the errors that flips in the step
     before have left.
 
-    The first step solves (H + r P I) g = y, with r the `regularisation` and P = P(Z >= b). A neuron
+    Outputs at the start count as 0; r is `regularisation`, (nu + mu) over P, and P = P(Z >= b).
+
+    The first step solves (H + r P I) g = y. A neuron
     that fires on x_i fires on x_j with probability P(both) / P, and then moves <w, x_i> by
     m^(-1/2) g_j <x_i, x_j>, with its sign. These moves add up to a normal number s_i Z,
     s_i^2 = sum_j H_ij <x_i, x_j> g_j^2 / (m P). Of the m products on x_i, which have the density
     phi(b) at b, those cross b that are nearer than they move. A pair that crosses by t is wrong by
     t / sqrt(m), with either sign, which leaves an error e_i of variance phi(b) s_i^3 E|Z|^3 / 3.
     The squared lengths are near y^T g and e^T (H + r P I)^-1 e, of which the mean over a few e of
-    random signs is taken. Outputs at the start count as 0. O(n^3).
+    random signs is taken. O(n^3).
     """
     n, XXt = len(X), X @ X.T
-    # Owen's function for every entry would take longer than a step. P(both) is smooth in the root.
+    # Owen's function for every entry would take longer than a step. P(both) is smooth in
+    # sqrt(1 - rho).
     rho = np.maximum(1.0 - np.linspace(0.0, math.sqrt(2.0), 2049) ** 2, -1.0)
     H = _kernel_from_table(XXt, _both_fire(rho, shift))
     fires = scipy.special.ndtr(-shift)
@@ -331,11 +338,12 @@ RATIO, GROWTH, LOWEST, SAMPLED = 0.08, 0.42, 1.0, 1024
 
 
 def _shift_for(X, y, width, highest, regularisation):
-    """The largest b from LOWEST to `highest` at which _second_over_first is predicted to be at most
-    RATIO, or LOWEST; and the predictions at `highest` and at b."""
+    """(b, ratio at `highest`, ratio at b), ratios as _second_over_first predicts them. b is the
+    largest from LOWEST to `highest` whose ratio is at most RATIO; LOWEST if there is none; and
+    `highest` if that is below LOWEST."""
     if len(X) <= SAMPLED:
         ratio = _second_over_first(X, y, highest, width, regularisation)
-    else:  # it grows like a power of n between 0 and 1, which two samples tell
+    else:  # the ratio grows like a power of n, from 0 to 1, that two samples tell
         some, ratios = np.random.default_rng(0).permutation(len(X))[:SAMPLED], []
         for few in (some[: SAMPLED // 2], some):
             part = y[few] * math.sqrt(np.mean(y**2) / (np.mean(y[few] ** 2) or 1.0))
@@ -366,11 +374,16 @@ def _regression_tolerance(X, shift):
 
 LANES = 64  # counters that are turned into words side by side, in vector registers
 
-# A name is made of a seed of 64 bits, a block of 64, of which the highest 24 are a stage of live
-# drawing, a stream of 8, and a counter of 56, of which the highest 24 are an attempt.
+# A name is made of 64 bits of seed, 64 of block, 8 of stream and 56 of counter. The highest 24 bits
+# of the block are the stage: which of the fits that brought new points this is (see Live twins
+# only). The highest 24 of the counter are the attempt, where numbers are drawn until they fit.
 
-# Streams of a block; the words of stream + TAILS extend those of a stream where 32 bits end.
-VECTORS, SIGNS, PROPOSALS, LIVE_VECTORS, AGAIN, DEAD_VECTORS, TAILS = 0, 1, 2, 3, 4, 5, 128
+VECTORS = 0  # starting vectors, if all are drawn
+SIGNS = 1  # output signs, with init="gaussian"
+PROPOSALS, LIVE_VECTORS = 2, 3  # which twins are proposed, and their vectors
+AGAIN = 4  # vectors of twins whose proposal contradicts what is known
+DEAD_VECTORS = 5  # vectors of neurons that fire nowhere
+TAILS = 128  # the words of stream + TAILS extend those of a stream where 32 bits end
 
 # No normal number from here is larger in size: sqrt(-2 ln 2^-65).
 LARGEST_NORMAL = 9.5
@@ -457,7 +470,7 @@ def _normals(seed, block, stream, first, out):
         _words(seed, block, stream, first + low // 4, words)
         for half in range(0, 4, 2):
             if _uniform_radii(words[half], words[half + 1], uniform):
-                # Once in 2^26 times. Without it no number would be larger than 7.5.
+                # Once in 2^26 times. Without it no number would be larger than 7.6.
                 _words(seed, block, stream + TAILS, first + low // 4, more)
                 for lane in np.flatnonzero(words[half] == 0):
                     uniform[lane] = (np.float32(more[half, lane]) + 0.5) / 2.0**64
@@ -483,7 +496,9 @@ def _uniforms(seed, block, stream, out):
 # Starting weights
 # ==================================================================================================
 
-# Neurons that are drawn together. A block takes 2 MB at d = 32, and stays in cache until used.
+# Vectors are drawn for so many neurons together, 2 MB at d = 32, which stay in cache until used. A
+# block, which one rank holds and in which live twins are drawn, is one or several of these: see
+# block_size.
 BLOCK = 1 << 14
 
 
@@ -497,7 +512,7 @@ def _normal_vectors(name, stream, shape, attempt=0):
 @njit(nogil=True)
 def _float32_rounding(d):
     """No product of a starting vector with a point, in float32, is further than this from what it
-    is in float64."""
+    is in float64. Half of it would do for vectors as long as LARGEST_NORMAL sqrt(d)."""
     return (d + 4) * 2.0**-23 * LARGEST_NORMAL * math.sqrt(d)
 
 
@@ -521,8 +536,10 @@ class _Start(NamedTuple):
     """The weights before training, which are drawn again whenever they are asked for.
 
     With init="antisymmetric" the neurons 2 k and 2 k + 1 share a vector and have signs +1 and -1,
-    so that f = 0 at the start: they are twins. With a `law`, live ones are drawn first, as
-    _LiveBlocks has it, and the others where somebody asks for them.
+    so that f = 0 at the start: they are twins. Without a law every vector is drawn from N(0, I). A
+    law is the points on which vectors were tested; under it live twins are drawn first, from
+    N(0, I) given that they fire on one of these points (see Live twins only), and dead ones, given
+    that they fire on none, where somebody asks for them.
     """
 
     seed: int
@@ -550,7 +567,7 @@ class _Start(NamedTuple):
     @property
     def longest(self):
         """At least as large as the length of any of these vectors."""
-        return 4.0 * LARGEST_NORMAL * math.sqrt(self.d)  # a live one is g + (z - <g, x>) x
+        return 4.0 * LARGEST_NORMAL * math.sqrt(self.d)  # of a live one: see _bend
 
     @property
     def own_width(self):
@@ -577,8 +594,9 @@ class _Start(NamedTuple):
         return np.concatenate([self.signs(number) for number in range(-(-self.width // BLOCK))])
 
     def block(self, number, live):
-        """Vectors (float32) and signs of the BLOCK neurons from number * BLOCK on. Under a law,
-        vectors of the neurons `live` are zeros: those of this rank that it knows to be."""
+        """Vectors (float32) and signs of the BLOCK neurons from number * BLOCK on. Under a law
+        these are dead neurons: vectors of those in `live`, the ascending numbers of this rank's
+        live neurons, are zeros."""
         first, signs = number * BLOCK, self.signs(number)
         name, shape = (np.uint64(self.seed), np.uint64(number)), (signs.size // self.copies, self.d)
         if self.law is None:
@@ -614,8 +632,8 @@ class _Start(NamedTuple):
         return _one_by_one(self.groups(of_each, live, report))
 
     def shown(self):
-        """These weights, under a law, once somebody has seen those of dead neurons, which later
-        fits with other points may then wake, but not draw anew."""
+        """This start once somebody has seen weights of dead neurons. Under a law these are fixed
+        from then on: a fit on other points may wake them, but not draw them anew."""
         return self._replace(law=self.law._replace(seen=True))
 
 
@@ -683,7 +701,8 @@ class _Law(NamedTuple):
 
     stages: tuple  # of (n_s, d) arrays
     shift: float
-    seen: bool = False  # whether dead neurons have been: then no points are added any more
+    # Whether weights of dead neurons were shown: then no points are added any more.
+    seen: bool = False
 
     @property
     def points(self):
@@ -691,8 +710,8 @@ class _Law(NamedTuple):
 
     @property
     def tail(self):
-        """Where normal numbers of proposals begin: no vector fires on a point whose product with it
-        is less in float32."""
+        """Where normal numbers of proposals begin: a vector bent to a smaller product with a point
+        does not fire on it. One rounding is for bending, one for the product."""
         return self.shift - 2.0 * _float32_rounding(self.stages[0].shape[1])
 
     @property
@@ -709,9 +728,9 @@ class _Law(NamedTuple):
         return BLOCK // 2 * max(1, proposed // (BLOCK // 2))
 
     def first_firing(self, vectors, limits=None):
-        """Products of the vectors (k, d) with all n points (k, n), both in float32; and the first
-        of the points 0, ..., limits[k] - 1, or of all, on which each of them fires, or limits[k],
-        or n, if there is none."""
+        """The products (k, n), float32, of vectors (k, d) with all points; and for each vector the
+        first point below limits[k], n without limits, on which it fires, or limits[k] if it fires
+        on none."""
         X, shift = self.points, self.shift
         products = vectors @ X.T.astype(np.float32)
         limits = np.full(len(vectors), len(X)) if limits is None else limits
@@ -767,7 +786,7 @@ def _proposals(seed, block, twins, rate, tail, n, room):
     return None
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True)  # no fastmath: vectors are the same on every machine
 def _bend(vectors, points, lengths, X):
     """Gives vector k the product lengths[k] with the unit vector X[points[k]], in float32."""
     for k in range(len(vectors)):
@@ -792,8 +811,8 @@ def _move_up(kept, vectors, products):
 
 
 class _LiveBlocks:
-    """The live twins of a law that are not `known` yet, those of its last stage, block by block.
-    `known` are the ascending numbers of neurons, of both twins always."""
+    """The twins that fire on points of the law's last stage and on none before, block by block.
+    `known`: ascending numbers of the live neurons of earlier stages, in which both twins occur."""
 
     def __init__(self, start, known):
         law = start.law
@@ -838,9 +857,9 @@ class _LiveBlocks:
         _bend(vectors, owners, lengths, self._X32)
         products, firsts = self._law.first_firing(vectors, owners + 1)
         again = twins[(firsts == owners) & (owners < self._old)]
-        live = (firsts == owners) & (owners >= self._old)
-        count = _move_up(live, vectors, products)
-        return (twins[live], vectors[:count], products[:count]), again
+        is_live = (firsts == owners) & (owners >= self._old)
+        count = _move_up(is_live, vectors, products)
+        return (twins[is_live], vectors[:count], products[:count]), again
 
     def _woken(self, name, twins):
         """Of twins that get normal numbers until they fire on no old point, those that fire on a
@@ -971,7 +990,7 @@ def _count_reaching(rows, first, groups, tau, counts, low, high):
 
 
 @njit(nogil=True, fastmath=FAST)
-def _report(rows, neurons, offsets, tau, points, values, low, high):
+def _collect_leaves(rows, neurons, offsets, tau, points, values, low, high):
     """Points on which the leaves of the neurons low, ..., high - 1 of those given reach tau, and
     the leaves' values there."""
     for q in range(low, high):
@@ -1015,7 +1034,7 @@ def _query(rows, levels, tau):
     neurons, offsets = groups, np.append(0, np.cumsum(counts[reached]))
     points, values = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], rows.dtype)
     where = rows, neurons, offsets, tau, points, values
-    _over_items(_report, neurons.size, neurons.size * n, *where)
+    _over_items(_collect_leaves, neurons.size, neurons.size * n, *where)
     return ActiveSets(neurons, offsets, points), values, touched, counts.size
 
 
@@ -1188,8 +1207,9 @@ IN_ORDER, SCATTERED = 2.0, 16.0
 
 @njit(inline="always")
 def _through_gram(k, count, d, entry):
-    """Whether `count` products of a weight vector that moves by a combination of k points are
-    cheaper moved through k x count entries of X X^T than through the combination itself, (d,)."""
+    """Whether it is cheaper to move `count` products of a weight vector, which moves by a
+    combination of k points, through X X^T, k x count entries of cost `entry` (IN_ORDER or
+    SCATTERED), than through the move itself, (k + count) d operations."""
     return entry * k * count <= (k + count) * d
 
 
@@ -1226,7 +1246,7 @@ def _jacobian_transpose_times(X, active, signs, v, out, low, high):
 @njit(nogil=True, fastmath=FAST)
 def _add_gram_times(X, XXt, active, v, edges, totals):
     """Adds G v m to totals, neuron by neuron: k^2 operations through X X^T if it is active on
-    k <= d / 2 points, as most are, and 2 k d through J (J^T v) otherwise."""
+    k <= 2 d / SCATTERED points, and 2 k d through J (J^T v) otherwise."""
     d = X.shape[1]
     w = np.empty(d)
     for chunk in range(edges.size - 1):
@@ -1263,7 +1283,7 @@ if numba.config.DISABLE_JIT:
 
 
 @njit(nogil=True)
-def _count_pairwise(active, low, high, counts):
+def _count_pairwise(active, counts, low, high):
     """Adds to counts[i, j], j <= i, the neurons low, ..., high - 1 of K that i and j share."""
     for q in range(low, high):
         for e in range(active.offsets[q], active.offsets[q + 1]):
@@ -1274,10 +1294,10 @@ def _count_pairwise(active, low, high, counts):
 
 
 @njit(nogil=True)
-def _pack_by_point(active, words, first, end):
+def _pack_by_point(active, words, low, high):
     """Sets bit q of words[i], 64 bits a word, where the q-th neuron of K is active on i: of the
-    words first, ..., end - 1 of every point."""
-    for q in range(64 * first, min(64 * end, active.neurons.size)):
+    words low, ..., high - 1 of every point."""
+    for q in range(64 * low, min(64 * high, active.neurons.size)):
         for e in range(active.offsets[q], active.offsets[q + 1]):
             words[active.points[e], q // 64] |= np.uint64(1) << np.uint64(q % 64)
 
@@ -1307,7 +1327,7 @@ def _add_coactivity(words, counts, times=1):
     _in_threads(of_share, words.size * len(words) // 16)
 
 
-# Cost of two words and their common bits, in that of a neuron counted for two points.
+# Cost of the common bits of two words, over the cost of counting one neuron for two points.
 WORD = 0.04
 
 
@@ -1315,14 +1335,14 @@ def _coactivity(active, n):
     """C (n, n), C_ij = |Q_i and Q_j|: O(n^2 + sum over r of |act(r)|^2), or O(n^2 |K| / 64) where
     that is less. The points of a neuron may be in any order."""
     size = active.neurons.size
-    edges, pairs = _edges(size), float(np.sum(np.diff(active.offsets).astype(float) ** 2))
-    if pairs < WORD * n * n * size / 64:
+    edges, squares = _edges(size), float(np.sum(np.diff(active.offsets).astype(float) ** 2))
+    if squares < WORD * n * n * size / 64:
         of_threads = _counts_of_threads(n)
 
         def of_share(thread, low, high):
-            _count_pairwise(active, edges[low], edges[high], of_threads[thread])
+            _count_pairwise(active, of_threads[thread], edges[low], edges[high])
 
-        _in_threads(of_share, pairs, len(of_threads))
+        _in_threads(of_share, squares, len(of_threads))
         counts = of_threads.sum(axis=0, dtype=np.int32)
         counts += np.tril(counts, -1).T
         return counts
@@ -1639,10 +1659,9 @@ SKETCHES = {"sparse": sparse_sign_sketch, "srht": srht_sketch, "gaussian": gauss
 # ==================================================================================================
 #
 # A solver is made for one training, from a problem's points and threshold, and keeps what outlives
-# a step: a tolerance, a generator, a rate. In each step prepare(J, mu) makes what the system is
-# solved from, the Gram matrix or a sketch, and solve(residual) returns g and the number of inner
-# iterations; their mu includes nu, while promise() gets the two apart. Singular systems raise
-# LinAlgError.
+# a step: a tolerance, a generator, a rate. In each step prepare(J, nu, mu) makes what the system is
+# solved from, the Gram matrix or a sketch, and solve(right_side) returns g and the number of inner
+# iterations. Singular systems raise LinAlgError.
 
 
 def _singular_error(J, otherwise=""):
@@ -1665,20 +1684,20 @@ def _singular_error(J, otherwise=""):
     )
 
 
-# SciPy 1.11 has another name for it.
+# The name of cg's relative tolerance, which is another in SciPy 1.11.
 RTOL = "rtol" if "rtol" in inspect.signature(cg).parameters else "tol"
 
 
 class _Solver:
     """What solvers share."""
 
-    sketches = False  # and so asks for the active sets
-    one_thread = 1024  # up to so many points BLAS keeps to one thread
+    sketches = False  # whether it needs all active sets, which a lean search would draw again
+    one_thread = 1024  # BLAS keeps to one thread if there are at most so many points
 
     def __init__(self, X, shift):
         """Nothing is kept from step to step, unless a solver says so."""
 
-    def promise(self, J, residual, step, nu, mu):
+    def promise(self, J, right_side, step, nu, mu):
         """The residual after a step if the network were linear in its weights: that before it less
         (G + nu I) g, which is mu g as (G + (nu + mu) I) g = residual."""
         return mu * step
@@ -1692,18 +1711,18 @@ class _Cholesky(_Solver):
     # while after each call, would cost more than they gain.
     one_thread = 4096
 
-    def prepare(self, J, mu):
-        self._J, self._system = J, J.gram().copy()
-        self._system.ravel()[:: len(J.X) + 1] += mu
+    def prepare(self, J, nu, mu):
+        self._J, self._system = J, J.gram().copy()  # which a lazy search keeps
+        self._system.ravel()[:: len(J.X) + 1] += nu + mu
 
-    def solve(self, residual):
+    def solve(self, right_side):
         # Overwrites the system, which prepare() makes anew.
         triangle, failed = dpotrf(self._system.T, lower=False, clean=False, overwrite_a=True)
         pivots = triangle.diagonal()
         least = pivots.size * np.finfo(float).eps * pivots.max() ** 2
         if failed or pivots.min() ** 2 <= least:
             raise _singular_error(self._J)
-        step, _ = dpotrs(triangle, residual, lower=False)
+        step, _ = dpotrs(triangle, right_side, lower=False)
         return step, 0
 
 
@@ -1711,11 +1730,13 @@ class _ConjugateGradients(_Solver):
     """Conjugate gradients without a preconditioner, to the relative tolerance of Algorithm 5:
     O(sqrt(kappa) log(kappa / tolerance)) products with G, of condition kappa."""
 
+    _preconditioner = None  # a LinearOperator near the inverse of the system
+
     def __init__(self, X, shift):
         self._tolerance = _regression_tolerance(X, shift)
 
-    def prepare(self, J, mu):
-        if mu == 0 and J.active_counts().min() == 0:
+    def prepare(self, J, nu, mu):
+        if nu + mu == 0 and J.active_counts().min() == 0:
             raise _singular_error(J)
 
         def times(v):
@@ -1724,22 +1745,22 @@ class _ConjugateGradients(_Solver):
                     "conjugate gradients broke down, since the Gram matrix is singular; use "
                     "distinct points, a larger width, or damping > 0"
                 )
-            return J.gram_times(v) + mu * v
+            return J.gram_times(v) + (nu + mu) * v
 
         self._system = LinearOperator((len(J.X), len(J.X)), matvec=times, dtype=float)
 
-    def solve(self, residual):
+    def solve(self, right_side):
         iterations, tolerance = 0, self._tolerance
 
         def count(_):
             nonlocal iterations
             iterations += 1
 
-        options = {RTOL: tolerance, "atol": 0.0, "maxiter": 1000 + 20 * len(residual)}
+        options = {RTOL: tolerance, "atol": 0.0, "maxiter": 1000 + 20 * len(right_side)}
         options |= {"M": self._preconditioner, "callback": count}
-        step, failed = cg(self._system, residual, **options)
+        step, failed = cg(self._system, right_side, **options)
         # What conjugate gradients think the residual is drifts away from the true one.
-        error, size = np.linalg.norm(self._system @ step - residual), np.linalg.norm(residual)
+        error, size = np.linalg.norm(self._system @ step - right_side), np.linalg.norm(right_side)
         if failed or error > max(2.0 * tolerance, 1e-10) * size:
             raise np.linalg.LinAlgError(
                 f"conjugate gradients did not reach a relative residual of {tolerance:.1e}, but "
@@ -1747,8 +1768,6 @@ class _ConjugateGradients(_Solver):
                 'nearly so; use solver="cholesky" to learn more, a larger width, or damping > 0'
             )
         return step, iterations
-
-    _preconditioner = None  # a LinearOperator near the inverse of the system
 
 
 class _Sketch(_ConjugateGradients):
@@ -1765,13 +1784,13 @@ class _Sketch(_ConjugateGradients):
     def _default_size(self, n, d):
         return max(8 * n, 4 * d)
 
-    def prepare(self, J, mu):
-        """Upper triangular T with T^T T near G + mu I, from a QR factorisation of the sketched
-        J^T; R = T^-1."""
-        super().prepare(J, mu)
+    def prepare(self, J, nu, mu):
+        """Upper triangular T with T^T T near G + (nu + mu) I, from a QR factorisation of the
+        sketched J^T; R = T^-1."""
+        super().prepare(J, nu, mu)
         sketched = self._sketch(J, self._size, self._rng)
-        if mu > 0:
-            sketched = np.vstack([sketched, np.sqrt(mu) * np.eye(len(J.X))])
+        if nu + mu > 0:
+            sketched = np.vstack([sketched, np.sqrt(nu + mu) * np.eye(len(J.X))])
         T = scipy.linalg.qr(sketched, mode="r", overwrite_a=True, check_finite=False)[0]
         self._T = T[: len(J.X)]
         pivots = np.abs(np.diag(self._T))
@@ -1795,14 +1814,14 @@ class _Richardson(_Sketch):
     def _times_R(self, v, trans="N"):
         return scipy.linalg.solve_triangular(self._T, v, trans=trans, check_finite=False)
 
-    def solve(self, residual):
-        initial = earlier = size_of_error = np.linalg.norm(residual)
-        z, step, error, iterations = np.zeros_like(residual), np.zeros_like(residual), -residual, 0
+    def solve(self, right_side):
+        initial = earlier = size_of_error = np.linalg.norm(right_side)
+        z, step, error, iterations = *np.zeros((2, right_side.size)), -right_side, 0
         while size_of_error > self._tolerance * initial:
             gradient = self._times_R(error, trans="T")
             z -= self._times_R(self._system @ self._times_R(gradient), trans="T")
             step = self._times_R(z)
-            error = self._system @ step - residual
+            error = self._system @ step - right_side
             size_of_error = np.linalg.norm(error)
             iterations += 1
             stalls = iterations % 50 == 0 and size_of_error >= earlier
@@ -1821,23 +1840,22 @@ class _Gradient(_Solver):
     just fail to converge, or zero if G_0 is; G_0 is G + nu I at the first step. If `damped`,
     the rate is divided by 1 + rate mu; mu has no effect otherwise."""
 
-    def __init__(self, X, shift, damped, ridge):
-        self._rate, self._damped, self._ridge = None, damped, ridge
+    def __init__(self, X, shift, damped):
+        self._rate, self._damped = None, damped
 
-    def prepare(self, J, mu):
+    def prepare(self, J, nu, mu):
         if self._rate is None:
             last = len(J.X) - 1
             norm = scipy.linalg.eigh(J.gram(), eigvals_only=True, subset_by_index=[last, last])[0]
-            norm += self._ridge
+            norm += nu
             self._rate = 1.0 / norm if norm > 0 else 0.0
-        mu = mu - self._ridge if self._damped else 0.0
-        self._step_size = self._rate / (1.0 + self._rate * mu)
+        self._step_size = self._rate / (1.0 + self._rate * mu * self._damped)
 
-    def solve(self, residual):
-        return self._step_size * residual, 0
+    def solve(self, right_side):
+        return self._step_size * right_side, 0
 
-    def promise(self, J, residual, step, nu, mu):
-        return residual - J.gram_times(step) - nu * step
+    def promise(self, J, right_side, step, nu, mu):
+        return right_side - J.gram_times(step) - nu * step
 
 
 SOLVERS = {
@@ -1863,8 +1881,9 @@ FINER = 2.0**30
 
 
 def _resolution(bound, width):
-    """The resolution of sums over `width` neurons that add `bound` each at most; there is room for
-    twice as much, as a pair whose row is made anew may flip again. 0 if the bound overflows."""
+    """The resolution for a sum over `width` neurons of at most `bound` each. There is room for
+    twice the sum, as a pair may flip again in a step when its row is made anew. 0 if the bound is
+    infinite."""
     if not bound < np.inf:
         return 0.0
     return math.ldexp(1.0, 60 - math.frexp(bound)[1] - int(width).bit_length())
@@ -1916,12 +1935,11 @@ class _Network(NamedTuple):
         return longest + (0.0 if self.clear is None else self.clear.pulled)
 
     def outputs(self, X):
-        """f (k,) at the rows of X (k, d), of the neurons of all ranks. Antisymmetric dead neurons
+        """f (k,) at the rows of X (k, d), of length 1, from all ranks. Antisymmetric dead neurons
         cancel on every input, and are left out."""
         ranks, width = self.start.ranks, self.start.width
         (longest,) = ranks.gather([self.longest])
-        reach = np.sqrt(X.shape[1]) * np.abs(X).max()  # no row of X is longer
-        resolution = _resolution(longest.max() * reach + abs(self.shift), width)
+        resolution = _resolution(longest.max() + abs(self.shift), width)
         parts = [X[low : low + 256] for low in range(0, len(X), 256)]  # 32 MB of products each
 
         def of_block(W, signs):  # what these neurons add to sqrt(m) f
@@ -1932,7 +1950,9 @@ class _Network(NamedTuple):
 
         if self.start.init == "antisymmetric" or self.live.size == width:
             ends = np.flatnonzero(np.diff(self.live // self.start.block_size)) + 1
-            held = [slice(*some) for some in pairwise([0, *ends, self.live.size])]
+            blocks = pairwise([0, *ends.tolist(), self.live.size])
+            lows = ((low, end) for first, end in blocks for low in range(first, end, BLOCK))
+            held = [slice(low, min(low + BLOCK, end)) for low, end in lows]
 
             def of_held(some):
                 return of_block(self.weights[some], self.signs[some])
@@ -1957,8 +1977,9 @@ class _Network(NamedTuple):
         return self._replace(live=live, signs=signs, weights=weights, clear=None)
 
     def dealt(self, keep):
-        """Those of the neurons that all ranks hold, together, for which keep(numbers) is true:
-        numbers, weights and signs; and `longest` of all ranks. A part is sent at a time."""
+        """(numbers, weights, signs) of the neurons that all ranks hold for which keep(numbers), a
+        mask, is true; and the greatest `longest`. All ranks call it, each with a keep of its own.
+        DEALT neurons are sent at a time, so that no rank need hold them all."""
         ranks, found = self.start.ranks, []
         sizes, longest = ranks.gather([self.live.size], [self.longest])
         size = max(1, DEALT // ranks.size)
@@ -2005,9 +2026,12 @@ class _Network(NamedTuple):
         """ActiveSets at the training points X (n, d), with the neurons' own numbers. Only live
         neurons are looked at, so for other points it would miss some."""
         network = self.with_clear_held()
-        firing = np.flatnonzero(network.weights @ X.T >= self.shift)
-        neurons, points = np.divmod(firing, len(X))
-        return _grouped(network.live[neurons], points)
+        found = [(NOBODY, NOBODY)]
+        for low in range(0, network.live.size, BLOCK):
+            some = slice(low, low + BLOCK)
+            neurons, points = np.nonzero(network.weights[some] @ X.T >= self.shift)
+            found.append((network.live[some][neurons], points))
+        return _grouped(*map(np.concatenate, zip(*found, strict=True)))
 
 
 # ==================================================================================================
@@ -2020,13 +2044,13 @@ class _Network(NamedTuple):
 # A step is a transaction: undo(mark), with what mark() gave before it, takes it back. Weights are
 # then as they were to the bit, and so are outputs and active sets, but for pairs within rounding of
 # b in a lazy search. undo() may be called when advance() was broken off at any moment, for whatever
-# reason, and again when undo() itself was.
+# reason, and again when undo() itself was. There is one mark at a time, the last.
 
 
 class _Held(NamedTuple):
-    """This rank's neurons that a search is given with their weights: those that an earlier fit
-    held, its live ones, or all m after "dense", whether or not they have moved; and live twins that
-    were drawn for it."""
+    """This rank's neurons whose weights a search is given. They are those that an earlier fit held,
+    moved or not: its live ones, or all m after search="dense". Live twins that are drawn for the
+    search beforehand are added."""
 
     numbers: np.ndarray  # (k,) ascending
     weights: np.ndarray  # (k, d)
@@ -2035,8 +2059,8 @@ class _Held(NamedTuple):
     longest: float
 
     @property
-    def anywhere(self):
-        """Whether some come from an earlier fit, on this rank or another."""
+    def goes_on(self):
+        """Whether there was an earlier fit, of which this rank or another holds neurons."""
         return self.longest > 0
 
     @classmethod
@@ -2066,29 +2090,35 @@ class _Search:
     Attributes: outputs f (n,); nnz, the number of active pairs; changing, the number |K| of neurons
     that the next step moves; flips, how many pairs have flipped so far; n_live, how many neurons
     were active on some point when the search began or, except with "dense", were held by an earlier
-    fit; rounding, a bound on the length of the error of outputs: all of these of all ranks. live
+    fit; rounding, an estimate of the error of outputs, its length: all of these of all ranks. live
     and signs are the numbers and the signs of this rank's neurons whose weights are held, live
     ones, or all with "dense". In active.neurons a neuron is named by its place in `live`.
     `operations` counts multiply-adds, comparisons and moves of products, `looked_at` the neurons
     whose products were read, of all ranks.
+
+    Arguments: X (n, d), unit rows; y (n,) targets; `start`, a _Start; `held`, a _Held; may_wake,
+    whether neurons that are not held may be live, which are then drawn; may_be_lean, whether clear
+    neurons may be left out; `report`, told the share that is drawn. Subclasses offer
+    _begin(y, held, may_wake, report), which finds what is active at the start, and
+    _weights(places), weights of some of the neurons `live`.
     """
 
-    def __init__(self, X, y, start, shift, held, may_wake, lean, dtype, report):
+    def __init__(self, X, y, start, shift, held, may_wake, may_be_lean, dtype, report):
         self.X, self.shift, self.start, self.width = X, shift, start, start.width
         _check_memory(f"Gram matrices of {len(X)} points", 40 * len(X) ** 2, "use fewer points")
         with _one_blas_thread():
             self.XXt = X @ X.T
         self.dtype = dtype
         self.operations = self.looked_at = self.flips = 0
-        self.lean = lean  # whether a lazy search may leave neurons out that cannot flip
+        self.may_be_lean = may_be_lean
         self._begin(y, held, may_wake, report)
 
     @property
     def mean_diagonal(self):
-        """Of G, whose entries are |Q_i| / m but for rounding of |x_i|."""
+        """Mean of G's diagonal, whose entries are |Q_i| / m."""
         return self.nnz / (len(self.X) * self.width)
 
-    def take_counts(self):
+    def take_tally(self):
         """Operations and neurons looked at since the last call."""
         taken = self.operations, self.looked_at
         self.operations = self.looked_at = 0
@@ -2405,9 +2435,10 @@ class _Scan(_ForwardPass):
         super().undo(mark)
         self._sums = mark["sums"]
         del self._ledger.looks[mark["looks"] :]
-        # Products of neurons that have moved, some of them or all, come from the weights again.
+        # Products of neurons that have moved, some of them or all, come from the weights again;
+        # those of all live neurons are made for it.
         moved = self.active.neurons
-        weights = self._weights(np.arange(self.n_live))[moved].astype(self.dtype)
+        weights = self._weights(moved).astype(self.dtype)
         with _one_blas_thread():
             self._rows[moved] = weights @ self._cast_X.T
         _mend_ancestors(self._rows, self._levels, moved)
@@ -2416,12 +2447,12 @@ class _Scan(_ForwardPass):
         self._ledger.looks.append(([(flips, np.array([flips.size]))], self._sums))
 
     def _weights(self, rows):
-        """Weights of all live neurons, in the order of `live`. `rows` must be 0, ..., n_live - 1:
-        unlike the other searches this one cannot pick some of them."""
-        offsets = np.zeros(rows.size + 1, np.int64)
+        """Weights of some live neurons. Those of all are computed, and dropped."""
+        everybody, offsets = np.arange(self.n_live), np.zeros(self.n_live + 1, np.int64)
         offsets[self.active.neurons + 1] = np.diff(self.active.offsets)
-        gamma = self._ledger.gamma(rows, np.cumsum(offsets), self.active.points, self._sums)
-        return self._vectors - (self.signs / np.sqrt(self.width))[:, None] * (gamma @ self.X)
+        pairs = np.cumsum(offsets), self.active.points, self._sums
+        moves = self._ledger.gamma(everybody, *pairs) @ self.X
+        return (self._vectors - (self.signs / np.sqrt(self.width))[:, None] * moves)[rows]
 
 
 class _Tree(_Scan):
@@ -2476,7 +2507,7 @@ class _Tree(_Scan):
 #
 # A neuron active on one point x_i only, as most are if n is small, is known better. It moves along
 # x_i, and each product by <x_i, x_j> times as much; so it has a slack for either direction, and
-# they tell when a pair will flip, not when one may.
+# they tell when a pair of its row will flip, not when one may.
 #
 # Where the margin is used up, a pair outside the row may have flipped: the row is made anew, from
 # the weights, with a wider margin. That never happens to most rows.
@@ -2505,7 +2536,8 @@ REACH, LEAST_REACH = 1.3, 0.1
 # otherwise, gets ENDURANCE.
 ENDURANCE, ROUNDING = 1e4, 0.01
 
-# The part of a slack that is relied upon, for rounding, of |x_i| = 1 too.
+# Slacks and certificates are multiplied by this, so that rounding never makes them too large, also
+# that of |x_i| = 1. Twice does no harm.
 CAUTION = 1.0 - 1e-12
 
 # A *moment* is the state of the weights after a step, or after undo(). There is room for so many at
@@ -2535,8 +2567,10 @@ ROW = np.dtype(
 class LiveRows(NamedTuple):
     """The rows of this rank's live neurons, but for clear ones that are left out; their pairs."""
 
-    rows: np.ndarray  # (n_live,) ROW
-    certificates: np.ndarray  # (n_live,) inf if no pair can flip any more; -inf to be looked at
+    rows: np.ndarray  # (k,) ROW
+    certificates: (
+        np.ndarray
+    )  # (k,) inf if no pair can flip; to be looked at where D has come so far
     points: np.ndarray  # (room,) uint32, which Numba need not wrap around as it does signed ones
     products: np.ndarray  # (room,)
 
@@ -2572,13 +2606,13 @@ class Moments(NamedTuple):
 
 
 @njit(inline="always")
-def _travel(points, first, k, scale, sums, then, here, factors):
+def _travel(points, first, k, pace, sums, then, here, factors):
     """factors[a] = how far the neuron has moved along the a-th point it is active on; returns their
     sum and the travel, the sum of their sizes."""
     along = travel = 0.0
     for a in range(k):
         i = points[first + a]
-        factors[a] = scale * (sums[here, i] - sums[then, i])
+        factors[a] = pace * (sums[here, i] - sums[then, i])
         along += factors[a]
         travel += abs(factors[a])
     return along, travel
@@ -2650,24 +2684,24 @@ def _swap(points, products, e, f):
 
 
 @njit(inline="always")
-def _flip(points, products, first, size, k, scale, shift, q, flips, found, outputs, resolution):
+def _flip(points, products, first, size, k, pace, shift, q, flips, found, outputs, resolution):
     """Flips the pairs of a row that have crossed b, writes them down and adds what they change to
-    the outputs, in which an active pair has -scale (product - b); returns how many pairs are active
-    now, and how many flips are written."""
+    the outputs, in which an active pair has -pace (product - b), pace being -a_r / sqrt(m); returns
+    how many pairs are active now, and how many flips are written."""
     e, end = first, first + k
     while e < first + k:
         excess = products[e] - shift
         if excess >= 0.0:
             e += 1
             continue
-        _add_fixed(outputs, points[e], scale * excess, resolution)
+        _add_fixed(outputs, points[e], pace * excess, resolution)
         flips[found]["neuron"], flips[found]["point"], flips[found]["sign"] = q, points[e], -1
         found, k = found + 1, k - 1
         _swap(points, products, e, first + k)
     for e in range(end, first + size):
         excess = products[e] - shift
         if excess >= 0.0:
-            _add_fixed(outputs, points[e], -scale * excess, resolution)
+            _add_fixed(outputs, points[e], -pace * excess, resolution)
             flips[found]["neuron"], flips[found]["point"], flips[found]["sign"] = q, points[e], 1
             _swap(points, products, e, first + k)
             found, k = found + 1, k + 1
@@ -2723,7 +2757,7 @@ def _certify(points, products, row, XXt, cross, shift, distance):
 
 # What the looks add up: neurons looked at, operations, flips, the change of the number of neurons
 # active on some point; and rows whose margins are used up.
-LOOKED_AT, OPERATIONS, FLIPS, MOVING, SHORT = range(5)
+LOOKED_AT, OPERATIONS, FLIPS, CHANGING, SHORT = range(5)
 
 
 @njit(inline="always")
@@ -2764,9 +2798,9 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
             if certificates[q] > distance:
                 continue
             row = rows[q]
-            scale = -unit * row.sign
+            pace = -unit * row.sign
             first, size, k = row.start, row.count, row.active
-            along, travel = _travel(points, first, k, scale, sums, row.looked, now, factors)
+            along, travel = _travel(points, first, k, pace, sums, row.looked, now, factors)
             left = row.slack - travel
             if k == 1:
                 left = min(row.slack - along, row.slack_against + along)
@@ -2791,11 +2825,11 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
                 continue
             begun = found
             k, found = _flip(
-                points, products, first, size, k, scale, shift, q, flips, found, total, resolution
+                points, products, first, size, k, pace, shift, q, flips, found, total, resolution
             )
             _count_flips(points, first, k, flips, begun, found, counts)
             tally[chunk, FLIPS] += found - begun
-            tally[chunk, MOVING] += int(k > 0) - int(row.active > 0)
+            tally[chunk, CHANGING] += int(k > 0) - int(row.active > 0)
             tally[chunk, OPERATIONS] += size + (found - begun) * k
             row.active = k
             certificates[q] = _certify(points, products, row, XXt, cross, shift, distance)
@@ -2832,8 +2866,8 @@ def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
         total = outputs[chunk]
         for q in range(edges[chunk], edges[chunk + 1]):
             row = rows[q]
-            first, k, scale = row.start, row.active, -unit * row.sign
-            _travel(points, first, k, scale, sums, row.looked, now, factors)
+            first, k, pace = row.start, row.active, -unit * row.sign
+            _travel(points, first, k, pace, sums, row.looked, now, factors)
             for a in range(k):
                 moved[a] = products[first + a]
             if _through_gram(k, k, d, SCATTERED):
@@ -2845,7 +2879,7 @@ def _add_active_outputs(live, geometry, moments, resolution, edges, outputs):
                 for a in range(k):
                     moved[a] += _dot(w, X[points[first + a]])
             for a in range(k):
-                _add_fixed(total, points[first + a], -scale * (moved[a] - shift), resolution)
+                _add_fixed(total, points[first + a], -pace * (moved[a] - shift), resolution)
 
 
 @njit(nogil=True)
@@ -2863,17 +2897,19 @@ def _active_pairs(live, chosen):
 
 
 @njit(nogil=True, fastmath=FAST)
-def _thresholds(products, least_active, pull, cross, lowered_shift, lean):
-    """For each row of products (k, n): if any reaches least_active, the least product to keep,
-    lowered_shift - margin, which is undefined otherwise; and how many reach that, 0 otherwise.
+def _thresholds(products, least_active, pull, cross, lowered_shift, sifts):
+    """For each row of products (k, n): the least product to keep, and how many are kept. If none
+    reaches least_active none is kept, and the first is undefined; otherwise it is
+    lowered_shift - margin.
 
     Each active point i is expected to pull the weights by pull[i]. The margin is cross times the
-    sum of these; unless `lean` it is at most the root of the sum of their squares, the length of
-    the move if points were orthogonal.
+    sum of these. Unless clear neurons are told from others, `sifts`, it is at most the root of the
+    sum of their squares, the length of the move if points were orthogonal.
     """
     kept = np.zeros(len(products), np.int64)
     thresholds = np.empty(len(products), np.float32)
     one, zero = np.float32(1), np.float32(0)  # counted in the products' type, for full vectors
+    more = np.float32(1.0001)  # than the rounding of the sum
     for r in range(len(products)):
         row = products[r]
         straight = square = count = zero
@@ -2883,7 +2919,7 @@ def _thresholds(products, least_active, pull, cross, lowered_shift, lean):
             straight += pulled
             square += pulled * pulled
         if count > zero:
-            margin = cross * straight if lean else min(cross * straight, np.sqrt(square))
+            margin = cross * straight * more if sifts else min(cross * straight, np.sqrt(square))
             least, count = lowered_shift - margin, zero
             for i in range(row.size):
                 count += one if row[i] >= least else zero
@@ -2927,6 +2963,10 @@ def _decide_row(points, exact, first, end, w, X, shift):
     return k
 
 
+# Which live neurons get rows: all; near ones, clear ones being counted; or clear ones only.
+ALL, NEAR, CLEAR = range(3)
+
+
 @njit(inline="always")
 def _copy_for_twin(rows, certificates, points, exact, q):
     """Row q + 1 like row q, its pairs behind those of q; returns where they end."""
@@ -2942,12 +2982,15 @@ def _copy_for_twin(rows, certificates, points, exact, q):
 def _fill_rows(
     rows, chosen, room, products, vectors, geometry, thresholds, copies, pull, wanted, counts
 ):
-    """Sorts the chosen vectors that fire into clear ones and others, and makes rows of those that
-    are `wanted`, each `copies` times: (places among the chosen, ROWs, certificates, points,
-    products), the active pairs of a row first; and how many neurons are left out as clear, which
-    are added to counts.
+    """Makes rows of the chosen vectors that fire, each that of `copies` neurons. Products in
+    float32 only bring candidates, the points where they reach thresholds[z]; which of these are
+    active is decided in float64. `room` is an upper bound on the pairs; `rows`, zeros, are filled.
 
-    Candidates come from `products`, which may be wrong by rounding, and are decided in float64.
+    wanted=ALL makes a row of each. NEAR makes rows of near ones; clear ones are added to counts
+    (n, n). CLEAR makes rows of the active pairs of clear ones.
+
+    Returns: places among the chosen of those with rows (k,); rows and certificates (copies k,);
+    points and products of all pairs, active ones of a row first; how many neurons were counted.
     """
     X, XXt, cross, shift, _ = geometry
     certificates, live = np.empty(rows.size), np.empty(chosen.size, np.int64)
@@ -2957,7 +3000,9 @@ def _fill_rows(
     for z in range(chosen.size):
         end, clear = _collect(products, chosen[z], thresholds[z], points, exact, first), False
         k = end - first
-        if wanted == NEAR:  # float32 tells that most are clear
+        # Most clear neurons are told without float64: all candidates are active, by enough, and all
+        # other products are below b - margin, where the margin is what a clear one needs.
+        if wanted == NEAR:
             clear = _is_clear(points, exact, first, k, end, pull, cross, shift + rounding)
         if not clear:
             w[:] = vectors[chosen[z]]
@@ -3021,8 +3066,9 @@ def _not_held(held, first, vectors, signs):
     return numbers[still], vectors[still], signs[still]
 
 
-# Which neurons get rows.
-ALL, NEAR, CLEAR = range(3)
+def _rows_in_cache(n):
+    """How many rows of products with n points, in float32, take 2 MB."""
+    return max(64, (1 << 19) // n)
 
 
 class _Sieve(NamedTuple):
@@ -3030,8 +3076,10 @@ class _Sieve(NamedTuple):
 
     start: _Start
     geometry: Geometry
-    pull: np.ndarray  # (n,) float32: expected, or the reach
-    wanted: int
+    pull: (
+        np.ndarray
+    )  # (n,) float32: MARGIN times what is expected or, if clear ones are told, reach
+    wanted: int  # ALL, NEAR or CLEAR
 
     def of_block(self, held, *block):
         """The live neurons of a block that are not held, as a list of _LiveStarts."""
@@ -3040,8 +3088,9 @@ class _Sieve(NamedTuple):
     def of_twins(self, twins, vectors, products):
         """The same, of twins that are live on some of the points seen so far."""
         signs = np.broadcast_to(np.array([1, -1], np.int8), (twins.size, 2))
-        known = len(self.start.law.stages) == 1
-        return self._sift(2 * twins, vectors, signs, products if known else None)
+        # Products are with the law's points: those of this fit, in their order, in its first stage.
+        in_order = len(self.start.law.stages) == 1
+        return self._sift(2 * twins, vectors, signs, products if in_order else None)
 
     def _limits(self):
         """The least product in float32 that may be active, and what margins are taken from."""
@@ -3054,18 +3103,18 @@ class _Sieve(NamedTuple):
     def _sift(self, numbers, vectors, signs, all_products=None):
         """Those of some vectors that fire; `numbers` are those of the first neurons of each vector,
         `signs` (k, copies) those of all."""
-        X, copies, lean = self.geometry.X, self.start.copies, self.wanted != ALL
+        X, copies, sifts = self.geometry.X, self.start.copies, self.wanted != ALL
         least_active, lowered_shift = self._limits()
-        limits = least_active, self.pull, np.float32(self.geometry.cross), lowered_shift, lean
+        limits = least_active, self.pull, np.float32(self.geometry.cross), lowered_shift, sifts
         pull, X32, n = self.pull.astype(float), X.astype(np.float32), len(X)
-        stretch, found = max(64, (1 << 19) // n), []  # vectors whose products take 2 MB
+        stretch, found = _rows_in_cache(n), []
         for low in range(0, len(vectors), stretch):
             some = vectors[low : low + stretch]
             products = some @ X32.T if all_products is None else all_products[low : low + stretch]
             thresholds, kept = _thresholds(products, *limits)
             chosen, room = np.flatnonzero(kept), copies * int(kept.sum())
             rows = np.zeros(copies * chosen.size, ROW).view(RECORDS)
-            counts = np.zeros((n, n) if lean else (1, 1), int)
+            counts = np.zeros((n, n) if sifts else (1, 1), int)
             where = products, some, self.geometry, thresholds[chosen].astype(float)
             rules = copies, pull, self.wanted, counts
             live, *arrays, left_out = _fill_rows(rows, chosen, room, *where, *rules)
@@ -3073,7 +3122,7 @@ class _Sieve(NamedTuple):
             own = (numbers[low + chosen][:, None] + np.arange(copies)).ravel()
             names = some[chosen], own, signs[low + chosen].ravel()
             arrays = (array.copy() for array in arrays)  # without the room that is not used
-            found.append(_LiveStart(*names, *arrays, left_out, counts if lean else 0))
+            found.append(_LiveStart(*names, *arrays, left_out, counts if sifts else 0))
         return found
 
 
@@ -3166,8 +3215,9 @@ class _ByCounts(_Search):
     (neurons looked at, operations, flips, by how many more neurons move); _own_outputs(), what own
     neurons add to f, in fixed point; and active_sets_of(order).
 
-    The outputs follow from the Gram matrix, f <- f - G g, and from the flips; `rounding` bounds
-    what that has added up to. Where it matters when training ends, they are computed anew.
+    The outputs follow from the Gram matrix, f <- f - G g, and from the flips; `rounding` is
+    an estimate of what that has added up to. Where it matters when training ends, they are computed
+    anew.
     """
 
     # What a step replaces as a whole.
@@ -3187,7 +3237,7 @@ class _ByCounts(_Search):
 
     def _add_up(self, held, changing, looked_at, operations):
         """Counts and outputs at the start, from those of all ranks' neurons."""
-        cancel = self.start.init == "antisymmetric" and not held.anywhere
+        cancel = self.start.init == "antisymmetric" and not held.goes_on
         own_outputs = self._no_outputs if cancel else self._own_outputs()
         n_live = self.live.size + self._left_out
         tally = np.array([n_live, changing, looked_at, operations])
@@ -3344,7 +3394,7 @@ class _Lazy(_ByCounts):
             groups = ()
         elif self.start.draws_live:
             live_blocks = _LiveBlocks(self.start, held.numbers)
-            if self.lean and not held.anywhere:
+            if self.may_be_lean and not held.goes_on:
                 self._sieve = self._lean_sieve(live_blocks, y, reach)
             groups = live_blocks.groups(self._sieve.of_twins, report)
         else:
@@ -3368,11 +3418,11 @@ class _Lazy(_ByCounts):
         if not np.isfinite(reach).all():
             return self._sieve
         reach = np.nextafter(reach.astype(np.float32), np.float32(np.inf))
-        lean = self._sieve._replace(pull=reach, wanted=NEAR)
+        sieve = self._sieve._replace(pull=reach, wanted=NEAR)
         with _one_blas_thread():
-            first = lean.of_twins(*live_blocks.block(0))
+            first = sieve.of_twins(*live_blocks.block(0))
         near, left_out = sum(p.live.size for p in first), sum(p.left_out for p in first)
-        return lean if near <= left_out > 0 else self._sieve
+        return sieve if near <= left_out > 0 else self._sieve
 
     def _lay_out(self, groups, held):
         """All rows in one stretch of memory; those of neurons that were held come last."""
@@ -3386,15 +3436,16 @@ class _Lazy(_ByCounts):
                 self._clear_counts = self._clear_counts + part.counts
                 parts.append(part[:ARRAYS])
                 room += sum(array.nbytes for array in part[:ARRAYS])
-            # While they are joined all are there twice.
+            # To join them takes twice their room, of which this much is taken already.
             _check_memory("rows of live neurons", (2.0 / done - 1.0) * room)
+        blocks = part = None  # so that what is joined is freed
         nothing = np.zeros(size, ROW), np.zeros(size)  # to be looked at in the first step
         last = _LiveStart(held.weights, held.numbers, held.signs, *nothing)
         columns = [list(column) for column in zip(*parts, last[:ARRAYS], strict=True)]
         parts.clear()
         joined = _map_in_threads(_join_and_clear, columns, room)
         self._vectors, self.live, self.signs, rows, *others = joined
-        self._seam = self.live.size - size
+        self._seam = self.live.size - size  # the first of those that were held at the start
         rows["sign"] = self.signs
         self._live = LiveRows(rows.view(RECORDS), *others)
         held_ones = np.arange(self._seam, self.live.size)
@@ -3434,14 +3485,18 @@ class _Lazy(_ByCounts):
 
     def advance(self, step, lap):
         sums = self._sums + step
-        pulled = np.abs(sums) * self._geometry.unit
-        if self._is_lean and (pulled > self._sieve.pull * CAUTION).any():
-            self._begin_again(np.where(pulled > self._sieve.pull, 2.0 * pulled, self._sieve.pull))
+        pulled, reach = np.abs(sums) * self._geometry.unit, self._sieve.pull.astype(float)
+        too_far = pulled > reach * CAUTION
+        if self._is_lean and too_far.any():
+            self._begin_again(np.where(too_far, 2.0 * pulled, reach))
         self._path = [*self._path, sums]
         return super().advance(step, lap)
 
     def undo(self, mark):
-        mark, looks = self._mark, self._ledger.looks  # `mark`, or what _begin_again made of it
+        mark, looks = (
+            self._mark,
+            self._ledger.looks,
+        )  # the last mark, which _begin_again may have replaced
         self._path = self._path[: mark["steps"]]
         while len(looks) > mark["looks"]:
             pieces, _ = looks[-1]
@@ -3573,22 +3628,18 @@ class _Lazy(_ByCounts):
 # Lazy search in words: where neurons fire on many points
 # --------------------------------------------------------------------------------------------------
 #
-# Where neurons fire on many points (_fires_often), a row would hold many pairs, and to move its
-# products one by one takes longer than to multiply matrices. There activity is kept as words,
-# of 64 points each, and the weights of a neuron as they were when it was last moved; products are
-# made where they are needed and forgotten. The slack is the least |product - b| over *all* points,
-# and since no product moves by more than w_r does (|x_i| is 1), one inequality is left,
+# Where neurons fire on many points, or are few (_words_are_faster), a row would hold many pairs, and
+# to move its products one by one takes longer than to multiply matrices. There activity is kept in
+# words, of 64 points each, and the weights of a neuron as they were when it was last moved;
+# products are made where they are needed and forgotten. The slack is the least |product - b| over
+# *all* points, and since no product moves by more than w_r does (|x_i| is 1), one inequality is
+# left,
 #
 #     no pair of r can flip before |w_r(t') - w_r(t)| reaches its slack,
 #
 # and three tests of it, each dearer than the one before, spare the products, O(n d): a certificate
 # as above, O(1); the travel, which is at least |w_r(t') - w_r(t)|, O(k) for k active points; and
 # the length itself, O(k d), which is what moving the weights takes.
-
-
-def _together(n):
-    """How many neurons a thread looks at together: their products with n points take 2 MB."""
-    return max(64, (1 << 19) // n)
 
 
 class Packed(NamedTuple):
@@ -3789,42 +3840,51 @@ class _InWords(_ByCounts):
         self._X32, self._log = self.X.astype(np.float32), []
         if may_wake and self.start.draws_live:
             held, may_wake = _with_live_twins(held, self.start, report), False
-        self.live, self._seam = held.numbers, held.numbers.size
+        self.live, self._seam = held.numbers, held.numbers.size  # all are before the seam
+        # An empty one first, so that there is something to join.
         blocks = [slice(0), *self._batches(np.arange(self.live.size), self.width)]
         with _one_blas_thread():
-            found = [self._live_of(*(array[some] for array in held[:3]), True) for some in blocks]
+            found = [
+                self._live_of(*(array[some] for array in held[:3]), keep_all=True)
+                for some in blocks
+            ]
         if may_wake:
             work = partial(self._of_block, held.numbers)
             found += _one_by_one(self.start.groups(work, held.numbers, report))
         self.live, self.signs, *arrays = map(np.concatenate, zip(*found, strict=True))
         self._packed = Packed(*arrays, looked=np.zeros(self.live.size, np.int64))
         self._own_counts = np.zeros((n, n), np.int32)
-        copies = 1 if held.anywhere else self.start.copies  # twins begin alike
-        _add_coactivity(self._by_point(self._packed.words[::copies]), self._own_counts, copies)
+        copies = 1 if held.goes_on else self.start.copies  # twins begin alike
+        _add_coactivity(
+            self._words_by_point(self._packed.words[::copies]), self._own_counts, copies
+        )
         changing = np.count_nonzero(self._packed.active)
         self._add_up(held, changing, 0, 0)
-        self.looked_at += self.width
-        self.operations += self.width * n * (d + 1)
+        looked_at = self.width if may_wake else self.n_live
+        self.looked_at += looked_at
+        self.operations += looked_at * n * (d + 1)
 
     def _of_block(self, held, *block):
-        return self._live_of(*_not_held(held, *block), False)
+        return self._live_of(*_not_held(held, *block), keep_all=False)
 
-    def _live_of(self, numbers, weights, signs, all_of_them):
+    def _live_of(self, numbers, weights, signs, keep_all):
         """Of neurons whose vectors are `weights`, numbers[k] being the first that has vector k and
         signs (k,) or (k, copies): numbers, signs and what Packed holds of the live ones, or of
-        `all_of_them`."""
+        all if `keep_all`."""
         weights = weights.astype(float)
         size, copies = len(weights), signs.size // max(len(weights), 1)
-        together = _together(len(self.X))
-        parts = [self._find(weights[low : low + together]) for low in range(0, size + 1, together)]
+        together = _rows_in_cache(len(self.X))
+        parts = [
+            self._activity_of(weights[low : low + together]) for low in range(0, size + 1, together)
+        ]
         words, active, *others = map(np.concatenate, zip(*parts, strict=True))
-        live = np.ones(size, bool) if all_of_them else active > 0
+        live = np.ones(size, bool) if keep_all else active > 0
         numbers = (numbers[live][:, None] + np.arange(copies)).ravel()
         arrays = weights, words, active, *others
         twice = (np.repeat(array[live], copies, axis=0) for array in arrays)
         return numbers, signs[live].ravel().astype(float), *twice
 
-    def _find(self, weights):
+    def _activity_of(self, weights):
         """Words, active, slack and certificates, as Packed has them, of neurons with weights
         (k, d)."""
         with np.errstate(all="ignore"):  # in this thread; what overflows is decided in float64
@@ -3837,7 +3897,7 @@ class _InWords(_ByCounts):
         _decide(products, weights, self._geometry, self._moments.distance, least, *found)
         return found
 
-    def _by_point(self, words):
+    def _words_by_point(self, words):
         out = np.zeros((len(self.X), -(-len(words) // 64)), np.uint64)
         _over_items(partial(_transpose, words, len(self.X), out), out.shape[1], words.size)
         return out
@@ -3859,9 +3919,9 @@ class _InWords(_ByCounts):
     def _find_flips(self):
         """Looks at the neurons whose certificates ran out and whose slack is used up."""
         late = np.flatnonzero(self._packed.certificates <= self._moments.distance)
-        parts = [late[some] for some in self._batches(late, _together(len(self.X)))]
+        parts = [late[some] for some in self._batches(late, _rows_in_cache(len(self.X)))]
         with _one_blas_thread():
-            found = _map_in_threads(self._look, parts, late.size * len(self.X) * 4)
+            found = _map_in_threads(self._look_at, parts, late.size * len(self.X) * 4)
         tally = np.array([0, self.live.size, 0, 0])
         if not found:
             return self._no_outputs, tally
@@ -3871,7 +3931,7 @@ class _InWords(_ByCounts):
             self._own_counts = self._counts_after(was, now)
         return sum(outputs), tally
 
-    def _look(self, neurons):
+    def _look_at(self, neurons):
         """What the flips of some neurons add to the outputs; how many neurons had to be looked at,
         operations, flips and the change of how many move; the words before and now of those that
         have flips."""
@@ -3880,7 +3940,7 @@ class _InWords(_ByCounts):
         where = self._geometry, self._moments
         neurons, operations = _move_weights(packed, signs, *where, neurons)
         weights, was = packed.weights[neurons], packed.words[neurons]
-        now, active, slack, certificates = self._find(weights)
+        now, active, slack, certificates = self._activity_of(weights)
         packed.words[neurons], packed.active[neurons] = now, active
         packed.slack[neurons], packed.certificates[neurons] = slack, certificates
         scales = signs[neurons] * self._geometry.unit
@@ -3897,11 +3957,11 @@ class _InWords(_ByCounts):
         most."""
         if 2 * sum(map(len, was)) > self.live.size:
             counts = np.zeros_like(self._own_counts)
-            _add_coactivity(self._by_point(self._packed.words), counts)
+            _add_coactivity(self._words_by_point(self._packed.words), counts)
         else:
             counts = self._own_counts.copy()
-            _add_coactivity(self._by_point(np.concatenate(was)), counts, -1)
-            _add_coactivity(self._by_point(np.concatenate(now)), counts)
+            _add_coactivity(self._words_by_point(np.concatenate(was)), counts, -1)
+            _add_coactivity(self._words_by_point(np.concatenate(now)), counts)
         return counts
 
     def _own_outputs(self):
@@ -3929,7 +3989,7 @@ SEARCHES = {"dense": _Dense, "scan": _Scan, "tree": _Tree, "lazy": _Lazy}
 OFTEN, NARROW = 0.01, 1 << 12
 
 
-def _fires_often(n, d, width, shift):
+def _words_are_faster(n, d, width, shift):
     """Whether the lazy search is expected to be faster with activity in words than with rows;
     draw="auto" then draws all neurons, as most are live or there are few."""
     often = np.cbrt(n) / math.sqrt(d) * scipy.special.ndtr(-shift) >= OFTEN
@@ -3937,7 +3997,7 @@ def _fires_often(n, d, width, shift):
 
 
 def _search_class(search, X, width, shift):
-    if search == "lazy" and _fires_often(*X.shape, width, shift):
+    if search == "lazy" and _words_are_faster(*X.shape, width, shift):
         return _InWords
     return SEARCHES[search]
 
@@ -3968,8 +4028,8 @@ class _Standard(NamedTuple):
         return cls(unit, mean, np.where(constant, np.inf, deviation))
 
     def __call__(self, A, factors=1.0):
-        """A standardised, row k multiplied by factors[k] (k, 1), which keeps huge rows finite; what
-        is appended to a row must be multiplied by it too."""
+        """A (k, columns) standardised, each row multiplied by its factor, (k, 1) as from
+        shrinking(), which keeps huge rows finite. What is appended to a row must be, too."""
         with np.errstate(over="ignore", invalid="ignore"):
             columns = (A * factors / self.unit - self.mean * factors) / self.deviation
         return np.where(np.isinf(self.deviation), 0.0, columns)
@@ -4108,7 +4168,7 @@ def _saved(trainer, network):
     drawn = {"random_state": start.seed, "width": start.width, "init": start.init}
     about = {
         "format": FORMAT,
-        "unit": trainer._mean_diagonal,
+        "mean_diagonal": trainer._mean_diagonal,
         "params": {**trainer.get_params(), **drawn, "callback": None, "comm": None},
         "lift": scales.lift,
         "normalize": scales.normalize,
@@ -4158,7 +4218,7 @@ def _restored(kind, arrays):
         raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
     trainer, shift = kind(**about["params"]), about["shift_"]
     trainer._check_options()
-    X = _check_matrix("X", arrays["X"])
+    X = _check_unit_rows(_check_matrix("X", arrays["X"]))
     y = _check_vector("y", arrays["y"], size=len(X))
     x_standard, y_standard = (
         _Standard(*arrays[name]) if name in arrays else None
@@ -4167,7 +4227,7 @@ def _restored(kind, arrays):
     scales = _Scales(x_standard, y_standard, about["lift"], about["normalize"])
     start = _Start(trainer.random_state, trainer.width, X.shape[1], trainer.init, _Ranks())
     if "law_points" in arrays:
-        points = _check_matrix("law_points", arrays["law_points"])
+        points = _check_unit_rows(_check_matrix("law_points", arrays["law_points"]))
         stages = tuple(np.split(points, arrays["law_stages"][:-1]))
         start = start._replace(law=_Law(stages, shift, bool(arrays["law_seen"])))
     live, signs, weights = arrays["live"], arrays["signs"], arrays["weights"]
@@ -4186,7 +4246,7 @@ def _restored(kind, arrays):
         {name: about[name] for name in SAVED},
         **{"_X": X, "_y": y, "_unreachable": _unreachable(X, y), "_scales": scales},
         _sums=_check_vector("sums", arrays["sums"], size=len(X)),
-        _mean_diagonal=about["unit"],
+        _mean_diagonal=about["mean_diagonal"],
         _network=_Network(start, shift, live, signs, weights, clear),
         _search=None,
     )
@@ -4311,6 +4371,13 @@ class _Progress:
             self._bar = None
 
 
+class _Unfinished(NamedTuple):
+    """A step that has begun."""
+
+    mark: dict  # of the search
+    progress: _Progress  # of the fit
+
+
 class SublinearTrainer:
     """Two-layer network with shifted ReLU, trained by Gauss-Newton steps on all points at once.
 
@@ -4322,7 +4389,8 @@ class SublinearTrainer:
         predicted to be at most 0.08 times as long as the first, O(min(n, 1024)^3). shift_ says what
         was taken; a warm start keeps it.
     alpha : float in [0, 1), for "auto" and "paper".
-    search : how active neurons are found; same network, same steps, other costs for each step.
+    search : how active neurons are found; same network, same steps, other costs for each step. For
+        given seed, X, width and shift the starting weights are the same for every search.
         "lazy"   products of live neurons near or above the threshold, and for each neuron a
                  certificate, until which nobody looks at them. About O(n |K|) for a first step,
                  then less as steps get smaller. Where neurons fire on many points, or there are
@@ -4343,11 +4411,11 @@ class SublinearTrainer:
     sketch : "sparse", "srht" or "gaussian".
     sketch_size : int >= n, rows of the sketch; None is max(8 n, 4 d), with 64 (n + 8) for
         "richardson".
-    draw : "all" draws every neuron, from random_state alone. "live" draws no antisymmetric pair
-        that fires on no point until somebody asks for it, which is the same network in law; it is
-        "all" where it would take as long. "auto" is "live" where that is faster. For given seed, X,
-        width and shift the weights are the same for every search.
-    init : "antisymmetric", neurons in pairs (w, +1), (w, -1), so that f = 0 at the start; or
+    draw : "all" draws every neuron, from random_state alone. "live" draws no twins,
+        the neurons 2 k and 2 k + 1 of an antisymmetric start, that fire on no point, until somebody
+        asks for them, which is the same network in law; it is "all" where more than three of four
+        twins would be drawn anyway. "auto" is "live" where that is faster.
+    init : "antisymmetric", neurons in twins (w, +1), (w, -1), so that f = 0 at the start; or
         "gaussian", independent signs as in the paper.
     damping : float >= 0, 0 being the paper's pure step; or "auto", Levenberg-Marquardt: a step that
         would raise the residual (with a ridge, system_residual) is taken back and tried again with
@@ -4367,8 +4435,8 @@ class SublinearTrainer:
         halves their memory and stops near a residual of 1e-6; "float64" reaches 1e-9. "lazy" always
         decides in float64.
     tol : float, relative residual ||f - y - nu s|| / ||y|| at which training stops. One below
-        rounding, 0 among them, is met at 1e-12 (1e-6 in float32, unless search="lazy"), once
-        nothing falls any more.
+        1e-12 (1e-6 in float32, unless search="lazy"), 0 among them, counts as that once a step no
+        longer lowers the residual.
     max_iter : int, largest number of steps; 0 leaves the starting network.
     random_state : None, int, numpy RandomState or Generator. With draw="all" the starting weights
         depend on it, on init and on d alone, and a wider network extends a narrower one.
@@ -4402,7 +4470,8 @@ class SublinearTrainer:
         neurons the step moved), looked_at (neurons whose products it read), flips (pairs that
         crossed the threshold), inner_iterations, damping, rejected (steps taken back before it),
         operations (multiply-adds, comparisons and moves of products), seconds, and of these
-        seconds_query, seconds_jacobian (Gram matrix or sketch), seconds_solve and seconds_update.
+        seconds_jacobian (Gram matrix or sketch), seconds_solve, seconds_update (moving weights or
+        products) and seconds_query (finding what is active, and taking back rejected steps).
         The start has no seconds: they are init_seconds_.
     loss_curve_ : list of the losses.
     residual_ (float), ||f - y|| / ||y||, n_iter_ (int), converged_ (bool), whether the system's
@@ -4410,21 +4479,20 @@ class SublinearTrainer:
         search began and, except with "dense", all that an earlier fit held), init_seconds_ (float),
         signs_ (m,) int8.
 
-    Memory: "lazy" holds for each live neuron its starting weights, 72 bytes more, and 12 for each
-    pair near the threshold, or, in words, 8 d + n / 8 bytes, and twice that in a step; further
-    8 n bytes for each step tried; nothing of size m. Where at most half of the live neurons are
-    near the threshold it holds these only. "scan" holds n m products and "tree" (1 + 1/15) n m, both with the
-    starting weights of live neurons; "dense" holds m d weights.
+    Memory: "lazy" holds for each live neuron its starting weights, which twins share, 72 bytes
+    more, and 12 for each pair near the threshold, or, in words, 8 d + n / 8 bytes, and twice that
+    in a step; nothing of size m. Where at most half of the live neurons are near the threshold it
+    holds these only. "scan" holds n m products and "tree" (1 + 1/15) n m, both with the starting
+    weights of live neurons; "dense" holds m d weights, and in a step those that change twice. All
+    but "dense" add 8 n bytes for each step tried and, unless in words, 12 for each flip.
     Costs: fit takes O(n m d) once, or O(n d) for each live neuron with draw="live"; then for each
     step the search as above and the solver, O(n^3) for "cholesky". It raises ValueError, TypeError
     or MemoryError on bad input, LinAlgError when the Gram matrix is singular and damping and ridge
     are zero.
     """
 
-    _unfinished = (
-        None  # the mark of a step that has begun and is not in history_; its fit's progress
-    )
-    _enough = None  # see _choose_shift
+    _unfinished = None  # an _Unfinished, while a step has begun that is not in history_
+    _log2_enough = None  # see _choose_shift
 
     def __init__(
         self,
@@ -4471,9 +4539,10 @@ class SublinearTrainer:
         return _Ranks.of(self.comm)
 
     def _fit(self, X, y, progress):
-        ranks, shift = progress.ranks, self._check_options()
+        self._check_options()
+        ranks, shift = progress.ranks, self._highest_shift
         goes_on = self.warm_start and hasattr(self, "history_")
-        names, X = _feature_names(X), _check_features(X, self) if goes_on else _check_matrix("X", X)
+        given, X = X, _check_features(X, self) if goes_on else _check_matrix("X", X)
         y = _check_targets(y, len(X))
         if SOLVERS[self.solver].sketches and self.sketch_size is not None:
             size, n = self.sketch_size, len(X)
@@ -4492,7 +4561,7 @@ class SublinearTrainer:
             if goes_on:
                 draft._go_on(X, y, shift, progress)
             else:
-                draft._begin(X, y, shift, names, seed, progress)
+                draft._begin(X, y, shift, _feature_names(given), seed, progress)
             self._adopt(draft)
             first, at_first = len(self.history_), self._system_residual
             stopped = (not goes_on and self._tell(progress)) or self._train(progress)
@@ -4555,10 +4624,10 @@ class SublinearTrainer:
         self._scales = _Scales.of(X, y, self.normalize)
         self._take(X, y)
         n, d = self._X.shape
-        self.shift_, self._enough = self._choose_shift(shift, progress)
+        self.shift_, self._log2_enough = self._choose_shift(shift, progress)
         law = None
-        often = self.draw == "auto" and _fires_often(n, d, self.width, self.shift_)
-        if self.draw != "all" and self.init == "antisymmetric" and not often:
+        in_words = self.draw == "auto" and _words_are_faster(n, d, self.width, self.shift_)
+        if self.draw != "all" and self.init == "antisymmetric" and not in_words:
             law = _Law((self._X,), self.shift_)
             law = law if law.rate <= HIGHEST_RATE else None
         start = _Start(seed, int(self.width), d, self.init, progress.ranks, law)
@@ -4593,13 +4662,14 @@ class SublinearTrainer:
             )
         self._take(X, y)
         same_points = np.array_equal(self._X, X_before)
-        if not (
-            type(search) is _search_class(self.search, self._X, self.width, self.shift_)
+        same_search = (
+            same_points
+            and type(search) is _search_class(self.search, self._X, self.width, self.shift_)
             and search.dtype == self.dtype
-            and (search.clear is None or not SOLVERS[self.solver].sketches)
-            and same_points
             and start.ranks.comm is ranks.comm
-        ):
+            and (search.clear is None or not SOLVERS[self.solver].sketches)
+        )
+        if not same_search:
             may_wake, start = True, start._replace(ranks=ranks)
             if start.law is not None:
                 law = start.law.with_points(self._X)
@@ -4609,7 +4679,7 @@ class SublinearTrainer:
             self._begin_search(start, held, may_wake, progress)
         if not same_points:
             self._sums, self._mean_diagonal = np.zeros(len(y)), self._search.mean_diagonal
-            self._enough = None
+            self._log2_enough = None
         self._measure()
         self.init_seconds_ = time.perf_counter() - begin
 
@@ -4652,8 +4722,8 @@ class SublinearTrainer:
             if may_wake and start.draws_live:
                 held = _with_live_twins(held, start, progress.drawn)
             start = start.shown()
-        lean, targets = not SOLVERS[self.solver].sketches, self._y - self._unreachable
-        how = may_wake, lean, dtype, progress.drawn
+        may_be_lean, targets = not SOLVERS[self.solver].sketches, self._y - self._unreachable
+        how = may_wake, may_be_lean, dtype, progress.drawn
         self._search = kind(X, targets, start, self.shift_, held, *how)
         self._network, self.n_live_ = None, self._search.n_live
 
@@ -4662,7 +4732,7 @@ class SublinearTrainer:
         them. True if a callback has ended it."""
         with _one_blas_thread():
             solver, damping = self._new_solver(), _Damping(self.damping)
-        last, rounding = self.n_iter_ + self.max_iter, self._rounding()
+        last, rounding = self.n_iter_ + self.max_iter, self._floor()
         while not self.converged_ and self.n_iter_ < last and np.isfinite(self._system_residual):
             before = self._system_residual
             stepped = self._step(solver, damping, progress, self.n_iter_ + 1 == last)
@@ -4683,9 +4753,9 @@ class SublinearTrainer:
         return self.ridge * self._mean_diagonal
 
     def _measure(self):
-        """What follows from the outputs and s: residual_ and converged_; the right side of the
-        system, f - y - nu s (n,) without the part of y that cannot be fitted; and its relative
-        size, with that part unless there is a ridge."""
+        """Sets what follows from the outputs and s: residual_; _right_side, f - (y - u) - nu s
+        (n,), u being the part of y that no step can fit, `_unreachable`; _system_residual, which is
+        residual_, u included, without a ridge, and ||_right_side|| / ||y|| with one; converged_."""
         outputs, y, nu = self._search.outputs, self._y, self._nu
         self.residual_ = self._system_residual = _relative(outputs - y, y)
         self._right_side = outputs - (y - self._unreachable)
@@ -4696,8 +4766,8 @@ class SublinearTrainer:
             self._system_residual = _relative(self._right_side, y)
         self.converged_ = self._system_residual <= self.tol
 
-    def _rounding(self):
-        """A relative residual of this size is rounding, whatever tol."""
+    def _floor(self):
+        """The relative residual below which all is rounding, whatever tol."""
         return 1e-6 if self.dtype == "float32" and self.search != "lazy" else 1e-12
 
     def _new_solver(self):
@@ -4706,7 +4776,7 @@ class SublinearTrainer:
             seed = self._search.start.seed
             return kind(*problem, SKETCHES[self.sketch], self.sketch_size, seed)
         if kind is _Gradient:
-            return kind(*problem, self.damping == "auto", self._nu)
+            return kind(*problem, self.damping == "auto")
         return kind(*problem)
 
     def _step(self, solver, damping, progress, is_last):
@@ -4722,7 +4792,7 @@ class SublinearTrainer:
                 # With more points, threads of BLAS gain more than they lose.
                 few = len(right_side) <= solver.one_thread
                 with _one_blas_thread() if few else nullcontext():
-                    solver.prepare(J, nu + mu)
+                    solver.prepare(J, nu, mu)
                     stopwatch.lap("seconds_jacobian")
                     step, inner_iterations = solver.solve(right_side)
                     stopwatch.lap("seconds_solve")
@@ -4740,7 +4810,7 @@ class SublinearTrainer:
             step = np.where(J.active_counts() > 0, step, 0.0)
             trial = self._draft()
             trial._sums = self._sums + step
-            changed, self._unfinished = search.changing, (search.mark(), progress)
+            changed, self._unfinished = search.changing, _Unfinished(search.mark(), progress)
             flips = search.advance(step, stopwatch.lap)
             trial._measure()
             doubtful = search.rounding > DOUBT * trial._system_residual * _norm(self._y)
@@ -4764,7 +4834,7 @@ class SublinearTrainer:
     def _record(self, stopwatch, **told):
         """Adds a record to history_, after a step or at the start."""
         search, n = self._search, len(self._y)
-        operations, looked_at = search.take_counts()
+        operations, looked_at = search.take_tally()
         unit = _norm(self._y) * self._scales.y_unit / np.sqrt(2 * n)
         record = {
             "iteration": len(self.history_),
@@ -4783,7 +4853,7 @@ class SublinearTrainer:
     def _roll_back(self):
         """Takes back a step that has begun and is not in history_."""
         if self._unfinished is not None:
-            self._search.undo(self._unfinished[0])
+            self._search.undo(self._unfinished.mark)
             self._unfinished = None
 
     def _tell(self, progress):
@@ -4813,8 +4883,9 @@ class SublinearTrainer:
         silent, last, reached = np.flatnonzero(counts == 0), residuals[-6:], self._system_residual
         noisy = "" if self.ridge else "; for noisy targets set ridge (try 0.1)"
         wider = "lower shift or raise width"
-        if self._enough is not None:
-            wider = f"raise width from {m} to 2^{self._enough}, where steps are predicted to shrink"
+        if self._log2_enough is not None:
+            wider = f"raise width from {m} to 2^{self._log2_enough}, where steps are predicted to "
+            wider += "shrink"
         if not np.isfinite(reached) or last[-1] > 1.5 * min(last):
             return (
                 f'training with damping={self.damping} diverges; set damping="auto", or use a '
@@ -4834,8 +4905,8 @@ class SublinearTrainer:
         if counts.mean() > 0.95 * m:
             linear = "nearly all neurons are active on all points, which makes the network linear"
             return f"{linear}; raise shift"
-        if reached <= 10.0 * self._rounding() * np.sqrt(n) / _norm(self._y):
-            finer = ', or use dtype="float64"' if self._rounding() > 1e-12 else ""
+        if reached <= 10.0 * self._floor() * np.sqrt(n) / _norm(self._y):
+            finer = ', or use dtype="float64"' if self._floor() > 1e-12 else ""
             return f"rounding hides what is left of targets so small; scale y{finer}"
         slowed = self.damping not in ("auto", 0) and self.solver != "gradient"
         if slowed and len(last) > 1 and last[-1] > 0.8 * last[-2]:
@@ -4948,7 +5019,7 @@ class SublinearTrainer:
         if not hasattr(self, "history_"):
             error = _of_sklearn("NotFittedError", AttributeError)
             raise error("this SublinearTrainer is not fitted yet; call fit(X, y) first")
-        if self._unfinished is not None and not self._unfinished[1].over:
+        if self._unfinished is not None and not self._unfinished.progress.over:
             raise RuntimeError(
                 "fit is in the middle of a step, so that there is no network to read; read it in "
                 "the callback, which is called between steps"
@@ -4974,7 +5045,7 @@ class SublinearTrainer:
         active = scipy.sparse.csr_array(
             (np.ones(neurons.size, bool), neurons, indptr), (len(X), len(W))
         )
-        active, tolerance = active.tocsc(), 1e-4 if self._rounding() > 1e-12 else 1e-9
+        active, tolerance = active.tocsc(), 1e-4 if self._floor() > 1e-12 else 1e-9
         outputs, sizes = np.zeros(len(X)), np.zeros(len(X))  # of sums, and of what they add up
         for first in range(0, len(W), BLOCK):
             block = slice(first, first + BLOCK)
@@ -5074,7 +5145,7 @@ class SublinearTrainer:
         )
 
     def _check_options(self):
-        """Raises on bad options; returns the threshold, the highest one with shift="auto"."""
+        """Raises on bad options."""
         _check_integer("width", self.width, 1, 1 << 50)
         for name, known in (
             ("search", SEARCHES),
@@ -5111,9 +5182,14 @@ class SublinearTrainer:
                 f'search="{self.search}" keeps to one process; use search="lazy" with a comm of '
                 f"{self._ranks.size} ranks"
             )
+        default_shift(self.width, self.alpha)  # which checks alpha
+        _check_real("shift", self.shift, words=["auto", "paper"])
+
+    @property
+    def _highest_shift(self):
+        """The threshold that is asked for, from which shift="auto" goes down."""
         paper = default_shift(self.width, self.alpha)
-        shift = _check_real("shift", self.shift, words=["auto", "paper"])
-        return paper if shift in ("auto", "paper") else shift
+        return paper if self.shift in ("auto", "paper") else float(self.shift)
 
 
 def _norm(y):

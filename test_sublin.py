@@ -98,7 +98,7 @@ thorough = settings(deadline=None, max_examples=40, suppress_health_check=[Healt
 @pytest.fixture(autouse=True)
 def lazy_searches_keep_rows(request, monkeypatch):
     if request.node.get_closest_marker("as_it_pays") is None:
-        monkeypatch.setattr(sublin, "_fires_often", lambda *_: False)
+        monkeypatch.setattr(sublin, "_words_are_faster", lambda *_: False)
         monkeypatch.setitem(sublin.SEARCHES, "words", sublin._InWords)
 
 
@@ -1363,6 +1363,19 @@ def test_nothing_of_the_size_of_the_weights_is_held(init):
     assert peak < 0.6 * (1 << 19) * 32 * 4
 
 
+def test_predictions_after_a_dense_fit_take_no_room_of_the_size_of_products():
+    X, y = problem(4, 4)
+    fitted = trainer(1 << 18, search="dense", draw="live", shift=3.0, max_iter=1).fit(X, y)
+    points = problem(256, 4, seed=1)[0]
+    tracemalloc.start()
+    try:
+        fitted.predict(points)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.4 * 256 * (1 << 18) * 8
+
+
 # ==================================================================================================
 # Trees
 # ==================================================================================================
@@ -2138,13 +2151,16 @@ def assert_whole(fitted, X, y, of_record=True):
 # Where a step is broken off, of a search and by name: `undo` while it is taken back, kernels in
 # whatever thread runs them.
 BREAKS = [
-    *product(SEARCHES, ("mark", "advance", "settle", "undo", "jacobian", "take_counts")),
+    *product(SEARCHES, ("mark", "advance", "settle", "undo", "jacobian", "take_tally")),
     *product(("dense", "scan", "tree"), ("find", "_add_outputs", "_flips_between")),
-    *product(("scan", "tree"), ("_move_leaves", "_count_reaching", "_report")),
+    *product(("scan", "tree"), ("_move_leaves", "_count_reaching", "_collect_leaves")),
     *product(["dense"], ("_find", "_move", "_grouped", "_map_in_threads")),
     *product(["tree"], ["_mend"]),
     *product(["lazy"], ("_look", "_go_to", "_add_active_outputs", "_place_anew", "_unflip")),
-    *product(["words"], ("_find_flips", "_look", "_go_to", "_remember", "_find", "_counts_after")),
+    *product(
+        ["words"],
+        ("_find_flips", "_look_at", "_go_to", "_remember", "_activity_of", "_counts_after"),
+    ),
     *product(["words"], ("_move_weights", "_pack", "_decide", "_flips_in_words")),
     *product(["words"], ("_count_common", "_transpose", "_add_outputs_in_words")),
 ]
@@ -2162,7 +2178,7 @@ def test_whatever_breaks_a_step_off_leaves_the_network_at_the_last_whole_one(
     monkeypatch.setattr(sublin, "_in_threads", many)
     monkeypatch.setattr(sublin, "MARGIN", 0.05)  # so that rows are made anew
     monkeypatch.setattr(sublin, "DOUBT", -1.0)  # so that outputs are
-    monkeypatch.setattr(sublin, "_together", lambda n: 40)
+    monkeypatch.setattr(sublin, "_rows_in_cache", lambda n: 40)
     X, y = problem(14, 3)
     owner, caught = kind if hasattr(kind, name) else sublin, []
     for at, error in ((1, KeyboardInterrupt), (2, TimeoutError), (7, MemoryError)):
@@ -2327,7 +2343,7 @@ def test_fits_broken_off_at_any_moment_leave_a_whole_network(search):
         from sublin import SublinearTrainer
         from test_sublin import Net, check, surroundings
 
-        sublin._fires_often = lambda *_: False
+        sublin._words_are_faster = lambda *_: False
         sublin.SEARCHES["words"] = sublin._InWords
         sublin.DOUBT = -1.0  # so that the first fit compiles all that others may need
 
@@ -2732,7 +2748,7 @@ def test_steps_in_words_are_those_of_the_reference_in_every_regime(
     X, y = problem(n, d, seed)
     options = {"shift": shift, "damping": damping, "init": init, "random_state": seed}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sublin, "_together", lambda n: together)
+        patch.setattr(sublin, "_rows_in_cache", lambda n: together)
         patch.setattr(sublin, "MOMENTS", moments)
         options["search"] = "words"
         fitted, seen = lazy_networks(X, scale * y, 2 * pairs, max_iter=4, **options)
@@ -2767,7 +2783,7 @@ def test_fewer_neurons_are_looked_at_in_words_as_steps_shrink():
 
 
 def test_words_have_the_same_bits_for_any_number_of_threads(monkeypatch):
-    monkeypatch.setattr(sublin, "_together", lambda n: 100)
+    monkeypatch.setattr(sublin, "_rows_in_cache", lambda n: 100)
     X, y = problem(60, 8)
     one, many = with_threads(lambda: trainer(8192, search="words", shift=0.8).fit(X, y))
     for key in KEYS:
@@ -2835,7 +2851,7 @@ def test_a_warm_start_changes_between_rows_and_words(monkeypatch):
     fitted = trainer(600, shift=1.0, damping="auto", warm_start=True, max_iter=2).fit(X, y)
     kinds = []
     for often in (False, True, False):
-        monkeypatch.setattr(sublin, "_fires_often", lambda *_, often=often: often)
+        monkeypatch.setattr(sublin, "_words_are_faster", lambda *_, often=often: often)
         before = fitted.weights()
         fitted.set_params(max_iter=0).fit(X, -y)
         np.testing.assert_allclose(fitted.weights(), before, rtol=1e-12, atol=1e-12)
@@ -3290,6 +3306,15 @@ def refuses(path, why=""):
     message = "path must be a file written by SublinearTrainer.save, but .* is damaged or foreign"
     with pytest.raises(ValueError, match=rf"{message}.*{why}"):
         SublinearTrainer.load(path)
+
+
+@core
+def test_files_whose_points_have_another_length_are_refused(saved, tmp_path):
+    path = tmp_path / "net"
+    path.write_bytes(saved)
+    with np.load(path) as arrays:
+        np.savez(tmp_path / "longer.npz", **{**arrays, "X": 3.0 * arrays["X"]})
+    refuses(tmp_path / "longer.npz", "rows of X must have length 1")
 
 
 def test_truncated_files_are_refused(saved, tmp_path):
@@ -4613,7 +4638,7 @@ def spread(name, comm, folder):
         return last and name == "stopped" and record["iteration"] == 2
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sublin, "_fires_often", lambda *_: words)
+        patch.setattr(sublin, "_words_are_faster", lambda *_: words)
         begun = Broken(sublin._Lazy._begin_again, 0, None)
         patch.setattr(sublin._Lazy, "_begin_again", begun)
         for constant, value in {**blocks, **patches}.items():
@@ -4822,7 +4847,7 @@ def test_what_ends_one_rank_ends_all_with_the_cause(ranks):
 
         comm = MPI.COMM_WORLD
         rank = int(comm.rank == 1)
-        sublin._fires_often = lambda *_: False
+        sublin._words_are_faster = lambda *_: False
 
         def fails(record):
             if record["iteration"] == 2:
