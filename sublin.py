@@ -3628,9 +3628,9 @@ class _Lazy(_ByCounts):
 # Lazy search in words: where neurons fire on many points
 # --------------------------------------------------------------------------------------------------
 #
-# Where neurons fire on many points, or are few (_words_are_faster), a row would hold many pairs, and
-# to move its products one by one takes longer than to multiply matrices. There activity is kept in
-# words, of 64 points each, and the weights of a neuron as they were when it was last moved;
+# Where neurons fire on many points, or are few (_words_are_faster), a row would hold many pairs,
+# and to move its products one by one takes longer than to multiply matrices. There activity is kept
+# in words, of 64 points each, and the weights of a neuron as they were when it was last moved;
 # products are made where they are needed and forgotten. The slack is the least |product - b| over
 # *all* points, and since no product moves by more than w_r does (|x_i| is 1), one inequality is
 # left,
