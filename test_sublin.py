@@ -540,7 +540,7 @@ def test_fits_say_why_they_take_a_threshold_and_which_width_would_do(capsys):
         hopeless.fit(X, y)
     said = capsys.readouterr().out.splitlines()[0]
     assert said.startswith("shift 1: the second step") and "; at the paper's 2 it would" in said
-    exponent = hopeless._enough
+    exponent = hopeless._log2_enough
     wide = trainer(1 << exponent, shift=1.0, damping="auto", normalize="lift", max_iter=0)
     rows = wide.fit(X, y)._X
     ratio = sublin._second_over_first(rows, wide._y, 1.0, 1 << exponent, sublin.DAMPING)
@@ -904,7 +904,7 @@ LAWS = {
     "one point": (problem(1, 4)[0], 1.0, 1 << 19),
     "more points than coordinates": (problem(30, 2)[0], 2.2, 1 << 20),
     "equal and opposite points": (np.vstack([P := problem(4, 3)[0], P[:2], -P[1:3]]), 1.7, 1 << 20),
-    "near-parallel points": (unit_rows((P := problem(7, 4)[0])[:1] + 0.1 * P), 1.6, 1 << 20),
+    "near-parallel points": (unit_rows((Q := problem(7, 4)[0])[:1] + 0.1 * Q), 1.6, 1 << 20),
 }
 
 
