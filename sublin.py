@@ -303,10 +303,10 @@ def _second_over_first(X, y, shift, width, regularisation):
 
     The first step solves (H + r P I) g = y. A neuron that fires on x_i fires on x_j with
     probability P(both) / P, and then moves <w, x_i> by m^(-1/2) g_j <x_i, x_j>, with its sign.
-    These moves add up to a normal number s_i Z, s_i^2 = sum_j H_ij <x_i, x_j> g_j^2 / (m P). Of the m products on
-    x_i, which have the density phi(b) at b, those cross b that are nearer than they move. A pair
-    that crosses by t is wrong by t / sqrt(m), with either sign, which leaves an error e_i of
-    variance phi(b) s_i^3 E|Z|^3 / 3. The squared lengths are near y^T g and
+    These moves add up to a normal number s_i Z, s_i^2 = sum_j H_ij <x_i, x_j> g_j^2 / (m P). Of the
+    m products on x_i, which have the density phi(b) at b, those cross b that are nearer than they
+    move. A pair that crosses by t is wrong by t / sqrt(m), with either sign, which leaves an error
+    e_i of variance phi(b) s_i^3 E|Z|^3 / 3. The squared lengths are near y^T g and
     e^T (H + r P I)^-1 e, of which the mean over a few e of random signs is taken. O(n^3).
     """
     n, XXt = len(X), X @ X.T
