@@ -904,7 +904,7 @@ LAWS = {
     "one point": (problem(1, 4)[0], 1.0, 1 << 19),
     "more points than coordinates": (problem(30, 2)[0], 2.2, 1 << 20),
     "equal and opposite points": (np.vstack([P := problem(4, 3)[0], P[:2], -P[1:3]]), 1.7, 1 << 20),
-    "near-parallel points": (unit_rows((P := problem(7, 4)[0])[:1] + 0.1 * P), 1.6, 1 << 20),
+    "near-parallel points": (unit_rows((Q := problem(7, 4)[0])[:1] + 0.1 * Q), 1.6, 1 << 20),
 }
 
 
