@@ -1211,7 +1211,7 @@ LEAN = {
     "small targets": (problem(6, 4), 0.02, 1.7, 4000),
     "more points than coordinates": (problem(9, 2), 0.003, 2.3, 30000),
     "opposite and equal points": (
-        (np.vstack([P, P[:1], -P[1:2]]), np.arange(6.0) % 3),
+        (np.vstack([P := problem(4, 3)[0], P[:1], -P[1:2]]), np.arange(6.0) % 3),
         0.01,
         1.8,
         9000,
