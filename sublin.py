@@ -623,8 +623,8 @@ class _Start(NamedTuple):
     def groups(self, work, live, report=_to_nobody):
         """work(first neuron, vectors, signs) of every BLOCK of this rank's neurons, in groups as
         _in_groups yields them."""
-        count, in_block = -(-self.width // BLOCK), self.block_size // BLOCK
-        own = (k for k in range(count) if k // in_block % self.ranks.size == self.ranks.rank)
+        count = -(-self.width // BLOCK)
+        own = (k for k in range(count) if self.owns(k * BLOCK))
 
         def of_block(number):
             return work(number * BLOCK, *self.block(number, live))
